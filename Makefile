@@ -1,0 +1,37 @@
+# make demo   the main job on the embedded corpus: shards, pretraining, translation, scores (no GPU needed)
+# make test   the tests
+# Each sets up what it needs in .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)" 2>/dev/null || echo 2)
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint setup clean
+
+demo: setup
+	$(BIN)/deepspeed --num_gpus $(RANKS) sltscale/train.py --deepspeed ds_configs/zero2.json
+
+test: setup
+	$(PYTEST) -m "not slow and not gpu and not slurm"
+
+test-slow: setup
+	$(PYTEST) -m slow --timeout 3600
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: .venv/.installed
+
+# torch first and by exact version: where a CPU build is at hand, a version range would pass it over for a CUDA one.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs shards/demo

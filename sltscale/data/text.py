@@ -1,0 +1,204 @@
+"""Sentences to token ids and back, in mBART's target layout: tokens, </s>, language code, padding on the right.
+
+Letters: B sentences, L tokens of the longest. Ids of a tokenizer built here follow mBART's order (Liu et al. 2020):
+<s>=0 <pad>=1 </s>=2 <unk>=3, pieces, language codes, <mask>.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sltscale.errors import InputError
+from sltscale.structures import TextBatch
+
+# BCP-47 primary language subtag -> the language codes of mBART-cc25.
+MBART_CODES = {
+    "ar": "ar_AR",
+    "cs": "cs_CZ",
+    "de": "de_DE",
+    "en": "en_XX",
+    "es": "es_XX",
+    "et": "et_EE",
+    "fi": "fi_FI",
+    "fr": "fr_XX",
+    "gu": "gu_IN",
+    "hi": "hi_IN",
+    "it": "it_IT",
+    "ja": "ja_XX",
+    "kk": "kk_KZ",
+    "ko": "ko_KR",
+    "lt": "lt_LT",
+    "lv": "lv_LV",
+    "my": "my_MM",
+    "ne": "ne_NP",
+    "nl": "nl_XX",
+    "ro": "ro_RO",
+    "ru": "ru_RU",
+    "si": "si_LK",
+    "tr": "tr_TR",
+    "vi": "vi_VN",
+    "zh": "zh_CN",
+}
+FIRST = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+LAST = {"mask_token": "<mask>"}
+SHORTEST = 3  # one token, </s>, language code
+
+
+class TextTokenizer:
+    """A transformers tokenizer in mBART's target layout.
+
+    max_tokens: longest encoded sentence, </s> and language code included. truncated: sentences cut to it so far.
+    Raises InputError if the tokenizer has no padding or end token, or max_tokens leaves no room for text.
+    """
+
+    def __init__(self, backend: PreTrainedTokenizerBase, max_tokens: int = 128) -> None:
+        if backend.pad_token_id is None or backend.eos_token_id is None:
+            raise InputError("the tokenizer has no padding or no end-of-sentence token; expected one of mBART's kind")
+        if max_tokens < SHORTEST:
+            raise InputError(
+                f"text.max_tokens is {max_tokens}; expected at least {SHORTEST}: text, </s>, language code"
+            )
+        self.backend = backend
+        self.max_tokens = max_tokens
+        self.truncated = 0
+        vocabulary = backend.get_vocab()
+        self._languages = {language: vocabulary[code] for language, code in MBART_CODES.items() if code in vocabulary}
+        self._special = {*backend.all_special_ids, *self._languages.values()}
+
+    @property
+    def size(self) -> int:
+        """Rows that an embedding needs: highest id + 1."""
+        return len(self.backend)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.backend.pad_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.backend.eos_token_id)
+
+    @property
+    def languages(self) -> list[str]:
+        """BCP-47 codes of the languages it has a code for."""
+        return sorted(self._languages)
+
+    def language_id(self, language: str) -> int:
+        """Id of the code of a BCP-47 language ("de", "en-US"); InputError names the known ones for any other."""
+        try:
+            return self._languages[_primary(language)]
+        except KeyError:
+            known = ", ".join(sorted(self._languages)) or "none"
+            raise InputError(f"the tokenizer has no code for language {language!r}; it knows: {known}") from None
+
+    def encode(self, texts: Sequence[str], languages: Sequence[str]) -> TextBatch:
+        """Ids [B, L] of the texts; longer ones lose tokens at the end, never </s> and the language code."""
+        if len(texts) != len(languages):
+            raise ValueError(f"{len(texts)} texts but {len(languages)} languages")
+        rows = []
+        for text, language in zip(texts, languages, strict=True):
+            tokens = self.backend.encode(text, add_special_tokens=False)
+            self.truncated += len(tokens) > self.max_tokens - 2
+            rows.append([*tokens[: self.max_tokens - 2], self.eos_id, self.language_id(language)])
+        input_ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = 1
+        return TextBatch(input_ids, attention_mask)
+
+    def decode(self, ids: Sequence[Sequence[int]] | torch.Tensor) -> list[str]:
+        """Text of each row without special ids (<unk> and language codes are such) and without space at its ends."""
+        rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        texts = [[i for i in row if i not in self._special] for row in rows]
+        return [self.backend.decode(text, clean_up_tokenization_spaces=False).strip() for text in texts]
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which ``load_tokenizer`` and transformers open."""
+        self.backend.save_pretrained(folder)
+
+
+def build_corpus_tokenizer(
+    sentences: Iterable[str], languages: Iterable[str], vocabulary: int, max_tokens: int = 128
+) -> TextTokenizer:
+    """A unigram model of at most ``vocabulary`` pieces learnt from the training sentences.
+
+    Same sentences (in any order) and languages (BCP-47), same tokenizer.json byte for byte. Text is not normalised:
+    decoding an encoded training sentence gives it back but for space at its ends (special tokens spelt out in a text,
+    like "</s>", are read as such and lost). A small corpus yields fewer pieces.
+    Raises InputError without sentences, for a language that mBART has no code for, and for more characters than pieces.
+    """
+    lines = sorted(line for sentence in sentences if (line := " ".join(sentence.splitlines()).strip()))
+    if not lines:
+        raise InputError("no training sentences to learn a tokenizer from; expected a split with texts")
+    present = {_primary(language) for language in languages}
+    if unknown := present - MBART_CODES.keys():
+        raise InputError(
+            f"languages without an mBART code: {', '.join(sorted(unknown))}; known: {', '.join(MBART_CODES)}"
+        )
+    codes = sorted(MBART_CODES[language] for language in present)
+    # +1 for the mark that stands for a space; the trainer has to keep a piece for every character.
+    needed = len(set("".join(lines)) - {" "}) + 1
+    if vocabulary < needed:
+        raise InputError(
+            f"text.vocabulary is {vocabulary}, but the sentences have {needed} different characters; raise it"
+        )
+    # The trainer of the tokenizers library depends on its random hash seed (three runs, three models) and learns no
+    # whole words that are part of no other; sentencepiece in one thread gives the same model every time.
+    # Its candidates are repeated substrings in their longest form, which for a word that a space (or the end) always
+    # follows takes that in and is no valid piece. Written twice, every word is followed by both, and counts stay in
+    # proportion; pieces never cross a space anyway.
+    words = (f"{word} {word}" for line in lines for word in line.split(" ") if word)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words,
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocabulary + len(FIRST),
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=1 << 20,
+        num_threads=1,
+        bos_id=0,
+        pad_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    scored = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens([*FIRST.values(), *codes, *LAST.values()])
+    backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=codes, **FIRST, **LAST)
+    return TextTokenizer(backend, max_tokens)
+
+
+def load_tokenizer(folder_or_name: Path | str, max_tokens: int = 128) -> TextTokenizer:
+    """A saved tokenizer, or one of the hub's by name; never runs code that comes with it.
+
+    Raises InputError if it is neither in that folder nor on the hub or in its local cache.
+    """
+    try:
+        backend = AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"tokenizer {str(folder_or_name)!r} cannot be loaded ({reason}); expected a folder with tokenizer.json "
+            "or a name on the Hugging Face hub (offline: one that was downloaded before)"
+        ) from None
+    return TextTokenizer(backend, max_tokens)
+
+
+def _primary(language: str) -> str:
+    return language.replace("_", "-").split("-")[0].lower()

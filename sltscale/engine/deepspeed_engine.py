@@ -1,0 +1,104 @@
+"""The one place that starts DeepSpeed: process group, configuration, engine.
+
+What users should never meet is handled here (measured in DeepSpeed 0.19.8, see docs/engine.md): environment variables
+of a launch without launcher, the C++ op that is compiled at the first CPU start and waits for ever on a stale lock,
+defaults for clipping and time-outs, options of the JSON that belong to the recipe.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from sltscale.config import OptimSettings
+from sltscale.engine.optim import build_optimizer
+from sltscale.errors import InputError
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.global_batch",
+    "gradient_accumulation_steps": "data.global_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """The engine settings; InputError if the file is missing, no JSON, or sets what the recipe owns."""
+    if not path.is_file():
+        raise InputError(f"DeepSpeed configuration {path} does not exist; see ds_configs/ for complete ones")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"DeepSpeed configuration {path} holds no JSON object")
+    for key, owner in OWNED_BY_RECIPE.items():
+        if key in settings:
+            raise InputError(f"{path} sets {key}, which belongs to the recipe; remove it there and set {owner}")
+    if settings.get("fp16", {}).get("enabled"):
+        raise InputError(f"{path} enables fp16, which is not supported; enable bf16 or neither")
+    if settings.get("bf16", {}).get("enabled") and settings.get("zero_optimization", {}).get("stage", 0) == 0:
+        raise InputError(f"{path} enables bf16 at ZeRO stage 0, which keeps no fp32 weights; use stage 1, 2 or 3")
+    return settings
+
+
+def start_processes() -> torch.device:
+    """Join the process group of the launcher, or form one of a single process; returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Gloo does the same work; the op would need a compiler and half a minute at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=PROCESS_GROUP_TIMEOUT,
+        verbose=False,
+    )
+    return torch.device(accelerator.current_device_name())
+
+
+def end_processes() -> None:
+    """Leave the process group; without it a rank may end in SIGABRT."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_engine(model: nn.Module, settings: OptimSettings, deepspeed_json: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around ``model`` whose ``step`` applies the mean over ranks of their gradients."""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, settings),
+        config={
+            **deepspeed_json,
+            # Global batches come from the plan; DeepSpeed insists on a number and multiplies nothing with this one.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": settings.clip_norm or 0.0,  # its own default is 1.0
+            "zero_allow_untested_optimizer": True,  # SGD in stages 1-3
+            "steps_per_print": 10**9,
+        },
+    )
+    return engine

@@ -1,0 +1,165 @@
+"""The folder of one run: everything needed to know what ran, and one process group at a time writing to it.
+
+RUN/
+  config.json        the resolved recipe          deepspeed.json   the engine settings
+  environment.json   command, git commit, package versions, world size of each attempt
+  steps.jsonl        one line per optimizer step  log.txt          what was printed
+  checkpoints/  tokenizer/  tensorboard/  export/  evaluation/  curves.png  STATUS.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from sltscale import __version__, config
+from sltscale.errors import InputError
+from sltscale.files import write_atomically
+
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "av", "numpy", "safetensors", "sacrebleu")
+
+
+class RunFolder:
+    """Opened by every rank; only rank 0 of a run calls the methods that write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.export = path / "export"
+        self.tokenizer = path / "tokenizer"
+        self.steps = path / "steps.jsonl"
+        self.log = path / "log.txt"
+        self._lock: IO[str] | None = None
+
+    def check(self, recipe: config.Recipe) -> None:
+        """InputError if the folder already holds a run of another configuration; nothing is written."""
+        stored = self.stored_recipe()
+        if stored is None:
+            return
+        different = config.differences(stored, recipe)
+        if different:
+            raise InputError(
+                f"run folder {self.path} holds a run with another configuration: {'; '.join(different)}; "
+                "choose another folder with --run, or go on with the same configuration"
+            )
+
+    def stored_recipe(self) -> config.Recipe | None:
+        path = self.path / "config.json"
+        return config.recipe_from_json(path.read_text(), str(path)) if path.is_file() else None
+
+    def open(self, recipe: config.Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
+        """Create or reopen the folder, take its lock, record what runs (rank 0 only)."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            write_atomically(self.path / "config.json", recipe.to_json())
+            write_atomically(self.path / "deepspeed.json", json.dumps(deepspeed_json, indent=2) + "\n")
+            self._record_attempt(world_size)
+        except OSError as error:
+            raise InputError(f"run folder {self.path} cannot be written: {error.strerror}") from None
+
+    def _take_lock(self) -> None:
+        lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InputError(
+                f"run folder {self.path} is in use by {lock.read().strip() or 'another process'}; "
+                "wait for it or choose another folder with --run"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _record_attempt(self, world_size: int) -> None:
+        path = self.path / "environment.json"
+        attempts = json.loads(path.read_text()) if path.is_file() else []
+        attempts.append(
+            {
+                "started": _now(),
+                "command": sys.argv,
+                "world_size": world_size,
+                "host": socket.gethostname(),
+                "python": platform.python_version(),
+                "sltscale": __version__,
+                "git": _git_commit(),
+                "packages": {name: _version(name) for name in PACKAGES},
+            }
+        )
+        write_atomically(path, json.dumps(attempts, indent=2) + "\n")
+
+    def keep_steps_until(self, step: int) -> None:
+        """Forget the records of steps that a resumed run is about to repeat."""
+        if self.steps.is_file():
+            lines = self.steps.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) < step]  # type: ignore[operator]
+            write_atomically(self.steps, "".join(f"{line}\n" for line in kept))
+
+    def status(self) -> dict[str, Any]:
+        path = self.path / "STATUS.json"
+        return json.loads(path.read_text()) if path.is_file() else {"state": "new", "seconds": 0.0}
+
+    def set_status(self, state: str, *, step: int, seconds: float) -> None:
+        """state: running, stopped (by a signal) or finished; seconds: over all attempts."""
+        content = {"state": state, "step": step, "seconds": round(seconds, 3)}
+        write_atomically(self.path / "STATUS.json", json.dumps(content) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # the last line of a killed attempt may be cut off
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _git_commit() -> str:
+    """The commit of the source tree, with "+changes" if the tree differs from it; "none" outside a repository."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return f"{commit}+changes" if changes else commit

@@ -1,0 +1,34 @@
+"""A signal is a wish; the ranks carry it out together at the end of a step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and can go on
+
+
+class StopRequest:
+    """While active, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process.
+
+    The loop all-reduces the flag, so that one rank's signal becomes every rank's decision. Repeated signals change
+    nothing: a terminal's Ctrl-C reaches launcher and ranks at once, and the launcher adds a SIGTERM of its own.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name

@@ -1,0 +1,147 @@
+"""What a run says while it works: one line per log step, steps.jsonl, TensorBoard, learning curves as a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from sltscale.engine.run_folder import RunFolder
+
+
+class Telemetry:
+    """Rank 0's voice; on other ranks every method does nothing (``folder`` None)."""
+
+    def __init__(self, name: str, folder: RunFolder | None, first_step: int, total_steps: int) -> None:
+        self.name = name
+        self.total_steps = total_steps
+        self.window = _Window()
+        self.folder = folder
+        self._log: IO[str] | None = None
+        self._steps: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        if folder is not None:
+            folder.keep_steps_until(first_step)
+            self._log = folder.log.open("a", encoding="utf-8")
+            self._steps = folder.steps.open("a", encoding="utf-8", buffering=1)
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+
+    def say(self, line: str) -> None:
+        if self._log is not None:
+            print(line, flush=True)
+            print(line, file=self._log, flush=True)
+
+    def step(self, step: int, losses: dict[str, float], lr: float, *, clips: int, frames: int, waited: float) -> None:
+        """Note one optimizer step; losses are means over the global batch, waited the seconds spent on data."""
+        self.window.add(losses, clips, frames, waited)
+        if self._steps is not None:
+            record = {"step": step, **losses, "lr": lr, "clips": clips, "frames": frames}
+            self._steps.write(json.dumps(record) + "\n")
+
+    def report(self, step: int, epoch: int, lr: float) -> None:
+        """Print and plot the means since the last report; ``step`` steps are done."""
+        if self._board is None:
+            return
+        means, rates = self.window.close()
+        parts = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "loss")
+        left = (self.total_steps - step) * rates["seconds_per_step"]
+        self.say(
+            f"{self.name} step {step}/{self.total_steps} epoch {epoch + 1} | loss {means['loss']:.4f} ({parts}) | "
+            f"{rates['clips_per_s']:.1f} clips/s {rates['frames_per_s']:.0f} frames/s | "
+            f"data wait {100 * rates['data_wait']:.0f} % | memory {rates['memory_mib']:.0f} MiB | lr {lr:.2e} | "
+            f"{_clock(left)} left"
+        )
+        for name, value in {**means, **rates, "lr": lr}.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+
+    def scalars(self, step: int, prefix: str, values: dict[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def samples(self, step: int, pairs: list[tuple[str, str, str]]) -> None:
+        """Text samples (id, reference, hypothesis) for TensorBoard, fenced so that no markup is interpreted."""
+        if self._board is not None and pairs:
+            lines = [f"    {key}\n    reference:  {reference}\n    hypothesis: {hyp}" for key, reference, hyp in pairs]
+            self._board.add_text("dev/samples", "\n\n".join(lines), step)
+
+    def close(self) -> None:
+        for stream in (self._log, self._steps, self._board):
+            if stream is not None:
+                stream.close()
+        if self.folder is not None and self.folder.steps.stat().st_size:
+            draw_curves(self.folder.steps, self.folder.path / "curves.png", self.name)
+
+
+class _Window:
+    """Sums since the last report."""
+
+    def __init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
+        self.started = time.perf_counter()
+        self.steps = self.clips = self.frames = 0
+        self.waited = 0.0
+        self.losses: dict[str, float] = {}
+
+    def add(self, losses: dict[str, float], clips: int, frames: int, waited: float) -> None:
+        self.steps += 1
+        self.clips += clips
+        self.frames += frames
+        self.waited += waited
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+
+    def close(self) -> tuple[dict[str, float], dict[str, float]]:
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        steps = max(self.steps, 1)
+        means = {name: value / steps for name, value in self.losses.items()}
+        rates = {
+            "clips_per_s": self.clips / seconds,
+            "frames_per_s": self.frames / seconds,
+            "data_wait": self.waited / seconds,
+            "seconds_per_step": seconds / steps,
+            "memory_mib": _memory_mib(),
+        }
+        self._open()
+        return means, rates
+
+
+def _memory_mib() -> float:
+    """Peak of the device's memory on a GPU, the resident size of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def draw_curves(steps: Path, picture: Path, title: str) -> None:
+    """Loss parts and learning rate over the steps of steps.jsonl, as a png."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in steps.read_text().splitlines()]
+    names = [name for name in records[-1] if name not in ("step", "lr", "clips", "frames")]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = [record["step"] for record in records]
+    for name in names:
+        axes.plot(numbers, [record[name] for record in records], label=name, linewidth=1)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=title)
+    rate = axes.twinx()
+    rate.plot(numbers, [record["lr"] for record in records], color="grey", linestyle=":", linewidth=1)
+    rate.set_ylabel("learning rate (dotted)")
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)

@@ -1,0 +1,156 @@
+"""Translate or retrieve a whole split on all ranks: every clip exactly once, whatever their number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sltscale import parallel
+from sltscale.config import Recipe
+from sltscale.data.augment import frames_after_sampling
+from sltscale.data.index import Index
+from sltscale.data.plan import evaluation_shares
+from sltscale.data.stream import evaluation_batches, load_video
+from sltscale.data.text import TextTokenizer
+from sltscale.evaluation import report, retrieval, translation
+from sltscale.methods.c2rl import C2RL
+from sltscale.methods.translation import Translation
+from sltscale.structures import Ragged, VideoBatch
+
+Scores = dict[str, Any]
+
+
+def evaluate_split(
+    method: torch.nn.Module,
+    tokenizer: TextTokenizer,
+    recipe: Recipe,
+    index: Index,
+    out: Path,
+    device: torch.device,
+) -> Scores:
+    """What the method is for: retrieval scores for C2RL, translation scores for translation; files under ``out``.
+
+    A collective; every rank returns the same scores.
+    """
+    if isinstance(method, C2RL):
+        return retrieve_split(method, tokenizer, recipe, index, out, device)
+    if isinstance(method, Translation):
+        return translate_split(method, tokenizer, recipe, index, out, device)
+    raise TypeError(f"no evaluation for {type(method).__name__}")
+
+
+def translate_split(
+    method: Translation, tokenizer: TextTokenizer, recipe: Recipe, index: Index, out: Path, device: torch.device
+) -> Scores:
+    """Beam-search every clip; BLEU, chrF, ROUGE-L and BLEU against other clips' sentences."""
+    settings = recipe.evaluation
+    mine: dict[int, str] = {}
+    with torch.inference_mode():
+        for clips, batch in _my_batches(index, recipe, "translating"):
+            languages = torch.tensor([tokenizer.language_id(language) for language in batch.languages], device=device)
+            tokens = method.translate(
+                batch.to(device),
+                languages,
+                beams=settings.beams,
+                length_penalty=settings.length_penalty,
+                max_new_tokens=settings.max_new_tokens,
+            )
+            mine |= zip(clips, tokenizer.decode(tokens), strict=True)
+    hypotheses_of = {clip: text for part in parallel.gather_objects(mine) for clip, text in part.items()}
+    numbers = range(len(index))
+    hypotheses = [hypotheses_of[number] for number in numbers]
+    references = index.texts()
+    language = index.language(0)
+    scores: Scores = translation.score(hypotheses, references, language=language, convention=settings.convention)
+    scores["bleu4_shuffled"] = translation.score_shuffled(
+        hypotheses, references, language=language, convention=settings.convention, seed=recipe.seed
+    )
+    scores["clips"] = len(index)
+    ids = [index.id(number) for number in numbers]
+    parallel.on_rank_zero(lambda: report.write_translation(out, ids, hypotheses, references, scores))
+    return scores
+
+
+def retrieve_split(
+    method: C2RL, tokenizer: TextTokenizer, recipe: Recipe, index: Index, out: Path, device: torch.device
+) -> Scores:
+    """Similarity of every clip with every sentence; recall and ranks both ways."""
+    mine: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.inference_mode():
+        for clips, batch in _my_batches(index, recipe, "encoding"):
+            video, video_mask = method.encode_video(batch.frames.to(device))
+            text, text_mask = method.encode_text(tokenizer.encode(batch.texts, batch.languages).to(device))
+            for row, clip in enumerate(clips):
+                mine[clip] = (video[row][video_mask[row].bool()].cpu(), text[row][text_mask[row].bool()].cpu())
+    encoded = {clip: pair for part in parallel.gather_objects(mine) for clip, pair in part.items()}
+
+    def rank_all() -> Scores:
+        numbers = range(len(index))
+        with torch.inference_mode():
+            similarity = method.similarity(
+                *_pad([encoded[number][0] for number in numbers], device),
+                *_pad([encoded[number][1] for number in numbers], device),
+            )
+        texts = index.texts()
+        scores: Scores = retrieval.score_both(similarity.cpu().numpy(), texts)
+        scores["clips"] = len(index)
+        report.write_retrieval(out, [index.id(number) for number in numbers], texts, similarity.cpu().numpy(), scores)
+        return scores
+
+    return parallel.gather_objects(parallel.on_rank_zero(rank_all))[0]
+
+
+def translate_files(
+    method: Translation,
+    tokenizer: TextTokenizer,
+    recipe: Recipe,
+    paths: Sequence[Path],
+    language: str,
+    device: torch.device,
+) -> Iterator[tuple[Path, str]]:
+    """(path, sentence) for each video file, in order, each as it is done."""
+    settings = recipe.evaluation
+    language_id = torch.tensor([tokenizer.language_id(language)], device=device)
+    for path in paths:
+        frames = load_video(path, recipe.data)
+        batch = VideoBatch([path.name], Ragged.from_list([frames]), [""], [language])
+        with torch.inference_mode():
+            tokens = method.translate(
+                batch.to(device),
+                language_id,
+                beams=settings.beams,
+                length_penalty=settings.length_penalty,
+                max_new_tokens=settings.max_new_tokens,
+            )
+        yield path, tokenizer.decode(tokens)[0]
+
+
+def text_samples(out: Path, wanted: int) -> list[tuple[str, str, str]]:
+    """A fixed choice of (id, reference, hypothesis) from a split's hypotheses.tsv."""
+    path = out / "hypotheses.tsv"
+    if not path.is_file():
+        return []
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    chosen = random.Random(0).sample(range(len(rows)), min(wanted, len(rows)))  # noqa: S311
+    return [(rows[number][0], rows[number][1], rows[number][2]) for number in chosen]
+
+
+def _my_batches(index: Index, recipe: Recipe, verb: str) -> Any:
+    """(clip numbers, batch) of this rank's share, with a progress bar on rank 0."""
+    lengths = frames_after_sampling(index.frames, recipe.data)
+    mine = evaluation_shares(lengths, parallel.world_size(), recipe.evaluation.batch)[parallel.rank()]
+    batches = evaluation_batches(index, recipe.data, mine)
+    show = parallel.rank() == 0
+    return zip(mine, tqdm(batches, total=len(mine), desc=f"{verb} {index.split}", disable=not show), strict=True)
+
+
+def _pad(sequences: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    return padded, torch.arange(padded.shape[1], device=device)[None] < lengths[:, None]

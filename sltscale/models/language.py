@@ -1,0 +1,216 @@
+"""Transformers over tokens: mBART-style encoder and decoder stacks, and whole mBART-architecture language models.
+
+Letters: B sequences, T longest, L text tokens, D width, V vocabulary. Masks are true (1) at valid steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, MBartConfig, MBartForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.mbart.modeling_mbart import MBartDecoder, MBartEncoder, shift_tokens_right
+
+from sltscale.config import LanguageModelSettings, TransformerSettings
+from sltscale.errors import InputError
+from sltscale.models.pretrained import load_pretrained
+from sltscale.structures import TextBatch
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model has to know of the tokenizer: number of ids, and the ids of padding and end of sentence."""
+
+    size: int
+    pad_id: int
+    eos_id: int
+
+
+def teacher_forcing(text: TextBatch, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """(decoder input ids [B, L], labels [B, L]) of sentences laid out as tokens, </s>, language code, padding.
+
+    The decoder starts from the language code (mBART's shift: the last token moves to the front); labels are the
+    un-shifted ids, -100 at padding, so that </s> and the language code after it are learnt too.
+    """
+    inputs = shift_tokens_right(text.input_ids, vocabulary.pad_id)
+    return inputs, text.input_ids.masked_fill(text.attention_mask == 0, -100)
+
+
+class TransformerEncoder(nn.Module):
+    """Vectors [B, T, D] and mask [B, T] -> [B, T, D]: mBART encoder blocks (learned positions, pre-norm, layer norm
+    after the embedding and at the end), without a token embedding."""
+
+    def __init__(self, settings: TransformerSettings) -> None:
+        super().__init__()
+        self.blocks = MBartEncoder(_blocks_config(settings, Vocabulary(size=2, pad_id=1, eos_id=0)))
+        del self.blocks.embed_tokens  # never read when vectors come in, and an unused parameter has no gradient
+        self.max_positions = settings.max_positions
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        _check_length(values.shape[1], self.max_positions, "a clip has {} visual tokens")
+        output: Tensor = self.blocks(inputs_embeds=values, attention_mask=mask).last_hidden_state
+        return output
+
+
+class TextEncoder(nn.Module):
+    """Token ids [B, L] and mask [B, L] -> [B, L, D]: own embedding, mBART encoder blocks."""
+
+    def __init__(self, settings: TransformerSettings, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.blocks = MBartEncoder(_blocks_config(settings, vocabulary))
+        self.max_positions = settings.max_positions
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        _check_length(ids.shape[1], self.max_positions, "a sentence has {} tokens")
+        output: Tensor = self.blocks(input_ids=ids, attention_mask=mask).last_hidden_state
+        return output
+
+
+class TextDecoder(nn.Module):
+    """Token ids [B, L], memory [B, T, D] and its mask -> logits [B, L, V]: own embedding, causal mBART decoder blocks
+    with cross-attention, an output layer of its own (not tied, no bias)."""
+
+    def __init__(self, settings: TransformerSettings, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.blocks = MBartDecoder(_blocks_config(settings, vocabulary))
+        self.lm_head = nn.Linear(settings.width, vocabulary.size, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        self.max_positions = settings.max_positions
+
+    def forward(self, ids: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        _check_length(ids.shape[1], self.max_positions, "a sentence has {} tokens")
+        # Sentences are padded on the right, so the causal mask alone keeps padding out of every valid position.
+        hidden = self.blocks(
+            input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=memory_mask, use_cache=False
+        ).last_hidden_state
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+def build_language_model(settings: LanguageModelSettings, vocabulary: Vocabulary) -> MBartForConditionalGeneration:
+    """An mBART-architecture encoder-decoder: random weights of the settings' sizes, or ``settings.pretrained`` (sizes
+    from there, dropout from the settings).
+
+    InputError if the weights cannot be had, or if their vocabulary is not the tokenizer's.
+    """
+    if settings.pretrained is None:
+        _check_heads(settings.width, settings.heads)
+        model = MBartForConditionalGeneration(
+            MBartConfig(
+                vocab_size=vocabulary.size,
+                pad_token_id=vocabulary.pad_id,
+                eos_token_id=vocabulary.eos_id,
+                d_model=settings.width,
+                encoder_layers=settings.encoder_layers,
+                decoder_layers=settings.decoder_layers,
+                encoder_attention_heads=settings.heads,
+                decoder_attention_heads=settings.heads,
+                encoder_ffn_dim=settings.feed_forward,
+                decoder_ffn_dim=settings.feed_forward,
+                dropout=settings.dropout,
+                attention_dropout=settings.attention_dropout,
+                activation_function=settings.activation,
+                max_position_embeddings=settings.max_positions,
+                scale_embedding=True,
+                forced_eos_token_id=None,
+                attn_implementation="sdpa",
+            )
+        )
+    else:
+        model = load_pretrained(
+            MBartForConditionalGeneration,
+            settings.pretrained,
+            dropout=settings.dropout,
+            attention_dropout=settings.attention_dropout,
+            attn_implementation="sdpa",
+        )
+        found = Vocabulary(model.config.vocab_size, model.config.pad_token_id, model.config.eos_token_id)
+        if found != vocabulary:
+            raise InputError(
+                f"language model {settings.pretrained!r} has {found.size} token ids, padding {found.pad_id} and end "
+                f"{found.eos_id}; the tokenizer has {vocabulary.size}, {vocabulary.pad_id} and {vocabulary.eos_id}: "
+                f"set text.tokenizer to the tokenizer that belongs to the model"
+            )
+    # Decoding follows the recipe, never what a checkpoint's generation_config.json happens to say.
+    model.generation_config = GenerationConfig(pad_token_id=vocabulary.pad_id, eos_token_id=vocabulary.eos_id)
+    return model
+
+
+@torch.no_grad()
+def beam_search(
+    model: MBartForConditionalGeneration,
+    inputs: Tensor,
+    mask: Tensor,
+    language_ids: Tensor,
+    *,
+    beams: int,
+    length_penalty: float,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The best sentence for each row of input vectors [B, T, D] with mask [B, T], by transformers' beam search.
+
+    The decoder starts from the row's language id (``language_ids`` [B]). Returns token ids without language code, </s>
+    and padding; at most ``max_new_tokens``.
+    """
+    if max_new_tokens >= model.config.max_position_embeddings:
+        raise InputError(
+            f"evaluation.max_new_tokens {max_new_tokens} does not fit the decoder's "
+            f"{model.config.max_position_embeddings} positions"
+        )
+    hidden = model.get_encoder()(inputs_embeds=inputs, attention_mask=mask).last_hidden_state
+    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    generated = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        attention_mask=mask.long(),
+        generation_config=GenerationConfig(
+            num_beams=beams,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            decoder_start_token_id=language_ids.tolist(),
+            eos_token_id=eos,
+            pad_token_id=pad,
+        ),
+    )
+    return [_until(row[1:], eos, pad) for row in generated.tolist()]
+
+
+def _until(ids: list[int], *ends: int) -> list[int]:
+    stop = next((position for position, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]
+
+
+def _blocks_config(settings: TransformerSettings, vocabulary: Vocabulary) -> MBartConfig:
+    """Token embeddings are scaled by sqrt(D) as in mBART, so that they are not drowned by nothing but positions."""
+    _check_heads(settings.width, settings.heads)
+    return MBartConfig(
+        vocab_size=vocabulary.size,
+        pad_token_id=vocabulary.pad_id,
+        eos_token_id=vocabulary.eos_id,
+        d_model=settings.width,
+        encoder_layers=settings.layers,
+        decoder_layers=settings.layers,
+        encoder_attention_heads=settings.heads,
+        decoder_attention_heads=settings.heads,
+        encoder_ffn_dim=settings.feed_forward,
+        decoder_ffn_dim=settings.feed_forward,
+        dropout=settings.dropout,
+        attention_dropout=0.0,
+        activation_function=settings.activation,
+        max_position_embeddings=settings.max_positions,
+        scale_embedding=True,
+        forced_eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise InputError(f"transformer width {width} is not a multiple of its {heads} heads")
+
+
+def _check_length(length: int, positions: int, found: str) -> None:
+    if length > positions:
+        raise InputError(f"{found.format(length)}, the transformer has {positions} positions; raise max_positions")

@@ -1,0 +1,132 @@
+"""Ranks and what travels between them: world size, exact differentiable sums and gathers, balanced shares.
+
+Gradient convention: every collective with a gradient here sums its backward over the ranks, and the engine averages
+parameter gradients over the W ranks. Together a loss that each rank computes over the whole global batch (or over
+its own rows, as sum and count) yields the gradient of a single process that holds the full batch. Measured against
+the gathers found in the field in docs/engine.md.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sltscale.errors import InputError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of a same-shaped tensor over the ranks; its gradient is summed over the ranks too."""
+    return _SumOverRanks.apply(tensor) if is_distributed() else tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
+
+
+def gather(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Every rank's sequences in rank order, differentiable; ranks may hold different numbers and lengths.
+
+    tensor [B, T, D] and mask [B, T] (1 = valid) of this rank -> ([sum B, max T, D], the same with the mask's dtype);
+    steps added to reach the longest T are zero and masked.
+    """
+    if not is_distributed():
+        return tensor, mask
+    shape = torch.tensor(tensor.shape[:2], device=tensor.device)
+    shapes = [torch.empty_like(shape) for _ in range(world_size())]
+    dist.all_gather(shapes, shape)
+    counts = [int(s[0]) for s in shapes]
+    rows, steps = max(counts), max(int(s[1]) for s in shapes)
+    missing = (0, steps - tensor.shape[1], 0, rows - tensor.shape[0])
+    every_tensor = _Gather.apply(torch.nn.functional.pad(tensor, (0, 0, *missing)))
+    every_mask = _Gather.apply(torch.nn.functional.pad(mask, missing))
+    return (
+        torch.cat([every_tensor[r, :count] for r, count in enumerate(counts)]),
+        torch.cat([every_mask[r, :count] for r, count in enumerate(counts)]),
+    )
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Small Python objects of every rank, in rank order, on every rank (only within the job's own group)."""
+    if not is_distributed():
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def on_rank_zero(work: Callable[[], T]) -> T | None:
+    """Run ``work`` on rank 0 while the others wait; an InputError there is raised on every rank."""
+    result: T | None = None
+    failure: InputError | None = None
+    if rank() == 0:
+        try:
+            result = work()
+        except InputError as error:
+            failure = error
+    failure = gather_objects(failure)[0]
+    if failure is not None:
+        raise failure
+    return result
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deal items to ranks so that the ranks' sums of ``lengths`` come out close: longest first, to the lightest rank.
+
+    Returns one list of positions into ``lengths`` per rank, each ascending. Deterministic; every rank gets at least one
+    item when there are enough (empty ranks are the lightest).
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0, 0, r) for r in range(ranks)]
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, items, r = heapq.heappop(heap)
+        shares[r].append(position)
+        heapq.heappush(heap, (load + lengths[position], items + 1, r))
+    return [sorted(share) for share in shares]

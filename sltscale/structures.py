@@ -1,0 +1,136 @@
+"""The few containers that travel between the parts of sltscale.
+
+Letters: B videos, N packed frames (sum of lengths), T longest video, L text tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """B sequences of different lengths, packed one behind the other without padding.
+
+    values: [N, ...], the sequences' steps, N = sum of lengths.
+    cu_seqlens: int32 [B+1], where each sequence starts; begins at 0, never decreases, ends at N.
+    max_seqlen: longest sequence, kept on the host so that no layer has to wait for the device.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def from_lengths(cls, values: Tensor, lengths: Sequence[int]) -> Ragged:
+        """Pack ``values`` [N, ...] under host-known ``lengths``; ValueError if they do not add up to N."""
+        if any(length < 0 for length in lengths) or sum(lengths) != values.shape[0]:
+            raise ValueError(f"lengths {list(lengths)} do not add up to the {values.shape[0]} packed steps")
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1:])
+        return cls(values, starts.to(values.device), max(lengths, default=0))
+
+    @classmethod
+    def from_list(cls, sequences: Sequence[Tensor]) -> Ragged:
+        """Pack a non-empty list of [T_b, ...] tensors."""
+        return cls.from_lengths(torch.cat(list(sequences)), [len(sequence) for sequence in sequences])
+
+    @classmethod
+    def from_padded(cls, padded: Tensor, mask: Tensor, like: Ragged) -> Ragged:
+        """The inverse of ``to_padded``: keep the steps of ``padded`` [B, T, ...] where ``mask`` [B, T] is true.
+
+        ``like`` gives the lengths (those of the mask), so that the device is not asked for them.
+        """
+        return like.with_values(padded[mask.bool()])
+
+    def with_values(self, values: Tensor) -> Ragged:
+        """The same lengths around other values [N, ...]."""
+        if values.shape[0] != self.values.shape[0]:
+            raise ValueError(f"expected {self.values.shape[0]} packed steps, found {values.shape[0]}")
+        return Ragged(values, self.cu_seqlens, self.max_seqlen)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [B]."""
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def mask(self) -> Tensor:
+        """bool [B, T], true at valid steps."""
+        steps = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return steps[None, :] < self.lengths[:, None]
+
+    def to_padded(self, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(values [B, T, ...] with ``fill`` after each sequence's end, mask bool [B, T])."""
+        mask = self.mask()
+        padded = self.values.new_full((len(self), self.max_seqlen, *self.values.shape[1:]), fill)
+        return padded.masked_scatter(mask.view(*mask.shape, *[1] * (padded.dim() - 2)), self.values), mask
+
+    def split(self) -> list[Tensor]:
+        """B tensors [T_b, ...] (views)."""
+        return list(torch.split(self.values, self.lengths.tolist()))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
+        return Ragged(
+            self.values.to(device, non_blocking=non_blocking),
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            self.max_seqlen,
+        )
+
+
+@dataclass(frozen=True)
+class VideoSample:
+    """One decoded clip: frames uint8 [T, 3, H, W] and the sentence it performs."""
+
+    id: str
+    frames: Tensor
+    text: str
+    language: str
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """One rank's share of a global batch: frames Ragged uint8 [N, 3, H, W], texts and languages in the same order."""
+
+    ids: list[str]
+    frames: Ragged
+    texts: list[str]
+    languages: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> VideoBatch:
+        return VideoBatch(self.ids, self.frames.to(device, non_blocking=True), self.texts, self.languages)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Tokenised sentences: input_ids int64 [B, L], attention_mask int64 [B, L] (1 = token, 0 = padding)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        return TextBatch(
+            self.input_ids.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True)
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss as sum and count, never as a mean: the training loop divides by the count over the *global* batch.
+
+    loss_sum: scalar with gradient; count: scalar, the anchors or tokens summed over; metrics: detached scalars,
+    each already a mean over this rank's items.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)

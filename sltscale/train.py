@@ -1,0 +1,63 @@
+"""Train a recipe, and first whatever it starts from; evaluate on the test split; print the table.
+
+    deepspeed sltscale/train.py --deepspeed ds_configs/zero2.json [--recipe demo] [--run DIR] [--optim.lr 1e-4 ...]
+
+The same command goes on where an earlier one was stopped or killed. Exit codes: 0 finished, 2 bad input (one line on
+stderr), 75 stopped by a signal after saving.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Started by path: this package's own modules must not answer to "import models" or "import data" of others.
+    sys.path.pop(0)
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from sltscale.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    # Imported here: the data workers import this file as their main module and need none of it.
+    from sltscale import stages
+    from sltscale.engine.deepspeed_engine import end_processes
+    from sltscale.engine.signals import EXIT_STOPPED
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        stages.run(options.deepspeed, options.recipe, overrides, options.run)
+    except InputError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except stages.StoppedError as stopped:
+        if is_first:
+            print(stopped, flush=True)
+        return EXIT_STOPPED
+    finally:
+        end_processes()
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a recipe and what it starts from, evaluate on the test split.",
+        epilog="Every recipe key can be set: --optim.lr 1e-4; `sltscale config RECIPE` prints them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="engine settings, ds_configs/")
+    parser.add_argument("--recipe", default="demo", help="name or TOML file (default: demo)")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    return parser.parse_known_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Bad input to training: one clear line, exit code 2, before time is spent, nothing lost."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+ZERO2 = ROOT / "ds_configs/zero2.json"
+
+
+def train(command: Command, *arguments: str | Path, deepspeed: Path = ZERO2) -> subprocess.CompletedProcess[str]:
+    return command("sltscale/train.py", "--deepspeed", deepspeed, *arguments)
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a refusal."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if "real_accelerator" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_unknown_recipe_and_key(command: Command, corpus, tmp_path: Path) -> None:
+    assert "did you mean demo" in refusal(train(command, "--recipe", "demmo"))
+    line = refusal(train(command, "--recipe", corpus.pretrain, "--run", tmp_path / "run", "--optim.rl", "1"))
+    assert "optim.rl" in line
+    assert "lr" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_json_that_sets_what_the_recipe_owns(command: Command, corpus, tmp_path: Path) -> None:
+    for content, expected in (
+        ('{"train_batch_size": 8}', "train_batch_size"),
+        ('{"optimizer": {"type": "AdamW"}}', "optimizer"),
+        ('{"gradient_clipping": 1.0}', "gradient_clipping"),
+        ("{", "not valid JSON"),
+        ("[]", "no JSON object"),
+    ):
+        path = tmp_path / "ds.json"
+        path.write_text(content)
+        assert expected in refusal(train(command, "--recipe", corpus.pretrain, deepspeed=path))
+    assert "does not exist" in refusal(train(command, deepspeed=tmp_path / "none.json"))
+
+
+def test_run_folder_of_another_configuration(command: Command, corpus, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = train(command, "--recipe", corpus.pretrain, "--run", run, "--train.epochs", "1")
+    assert done.returncode == 0, done.stderr
+    before = sorted(path for path in run.rglob("*"))
+    line = refusal(train(command, "--recipe", corpus.pretrain, "--run", run, "--optim.lr", "0.5"))
+    assert "optim.lr 0.001 (run) / 0.5 (asked)" in line
+    assert sorted(path for path in run.rglob("*")) == before
+
+
+def test_run_folder_that_cannot_be_written(command: Command, corpus, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = refusal(train(command, "--recipe", corpus.pretrain, "--run", tmp_path / "file/run"))
+    assert "cannot be written" in line
+
+
+def test_missing_shards_and_damaged_shards(command: Command, corpus, tmp_path: Path) -> None:
+    line = refusal(train(command, "--recipe", corpus.pretrain, "--data.shards", tmp_path / "none"))
+    assert "none" in line
+    shards = tmp_path / "shards"
+    shutil.copytree(corpus.shards, shards)
+    tar = next(shards.glob("train-*.tar"))
+    content = bytearray(tar.read_bytes())
+    rows = [json.loads(line) for line in show(command, shards) if json.loads(line)["split"] == "train"]
+    damaged = rows[len(rows) // 2]
+    content[damaged["offset"] + damaged["size"] // 2] ^= 1
+    tar.write_bytes(content)
+    run = tmp_path / "run"
+    line = refusal(train(command, "--recipe", corpus.pretrain, "--data.shards", shards, "--run", run))
+    assert tar.name in line
+    assert damaged["id"] in line or damaged["key"] in line
+    assert not (run / "steps.jsonl").exists()
+
+
+def show(command: Command, shards: Path) -> list[str]:
+    done = command("-m", "sltscale.cli", "shards", "show", shards)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_run_without_checkpoint_or_none_at_all(command: Command, corpus, tmp_path: Path) -> None:
+    places = ("--shards", corpus.shards, "--out", tmp_path / "out")
+    done = command("-m", "sltscale.cli", "evaluate", "--run", tmp_path / "nothing", *places)
+    assert "is no run folder" in refusal(done)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(command("-m", "sltscale.cli", "config", corpus.translate).stdout)
+    done = command("-m", "sltscale.cli", "evaluate", "--run", run, *places)
+    assert "holds no checkpoint" in refusal(done)
+
+
+def test_start_from_a_run_that_is_not_there(command: Command, corpus, tmp_path: Path) -> None:
+    done = train(
+        *(command, "--recipe", corpus.translate, "--run", tmp_path / "run"),
+        *("--start", "none", "--start.run", tmp_path / "absent"),
+    )
+    assert "absent" in refusal(done)
+
+
+@pytest.mark.parametrize("ranks", ["9"])
+def test_more_ranks_than_clips_in_a_batch(ranks: str, command: Command, corpus) -> None:
+    """Checked by the plan, which needs no processes to say so."""
+    from sltscale.data.plan import Plan
+    from sltscale.errors import InputError
+
+    with pytest.raises(InputError, match=f"{ranks} ranks"):
+        Plan([5] * 51, 0, 8).check_world_size(int(ranks))

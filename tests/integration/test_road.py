@@ -1,0 +1,154 @@
+"""The whole road through the real commands: shards, pretraining, translation, evaluation, files."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+from launching import ROOT, Launcher
+from safetensors import safe_open
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+TRAIN = ROOT / "sltscale/train.py"
+ZERO2 = ROOT / "ds_configs/zero2.json"
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture(scope="module")
+def run(corpus, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The translation run; tiny_pretrain lies beside it."""
+    launcher = Launcher(environment)
+    run = tmp_path_factory.mktemp("runs") / "tiny_translation"
+    try:
+        output = launcher.check(
+            TRAIN,
+            ["--deepspeed", str(ZERO2), "--recipe", str(corpus.translate), "--run", str(run)]
+            + ["--evaluation.every_epochs", "2"],
+            ranks=2,
+        )
+    finally:
+        launcher.end()
+    assert f"run folder: {run}" in output
+    return run
+
+
+def steps(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+
+
+def test_summary_holds_both_stages(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("bleu4", "bleu4_shuffled", "t2v_recall@1", "v2t_recall@1"):
+        assert 0 <= summary[name] <= 100
+    assert summary["seconds"] > 0
+    assert set(summary["stages"]) == {"tiny_pretrain", "tiny_translation"}
+
+
+def test_run_folder_tells_what_ran(run: Path) -> None:
+    for folder in (run, run.parent / "tiny_pretrain"):
+        numbers = [record["step"] for record in steps(folder)]
+        assert numbers == list(range(len(numbers)))
+        config = json.loads((folder / "config.json").read_text())
+        assert config["data"]["frame_size"] == 32
+        assert json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+        attempt = json.loads((folder / "environment.json").read_text())[-1]
+        assert attempt["world_size"] == 2
+        assert attempt["packages"]["deepspeed"] != "absent"
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert list((folder / "tensorboard").glob("events*"))
+        log = (folder / "log.txt").read_text()
+        for word in ("clips/s", "frames/s", "data wait", "memory", "padding"):
+            assert word in log
+    assert (run / "evaluation/dev-epoch-0002/hypotheses.tsv").is_file()
+
+
+def test_translation_starts_from_the_pretrained_visual_encoder(run: Path) -> None:
+    """Its first steps come from other weights than a run without pretraining would have."""
+    with safe_open(run.parent / "tiny_pretrain/export/model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("visual.")]  # noqa: SIM118
+    with safe_open(run / "export/model.safetensors", framework="pt") as file:
+        assert set(names) <= set(file.keys())
+    assert "visual from" in (run / "log.txt").read_text()
+
+
+def test_evaluate_repeats_the_scores_and_sacrebleu_agrees(run: Path, corpus, command: Command, tmp_path: Path) -> None:
+    done = command(
+        *("-m", "sltscale.cli", "evaluate", "--run", run, "--shards", corpus.shards),
+        *("--split", "test", "--out", tmp_path / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    at_the_end = json.loads((run / "evaluation/test/metrics.json").read_text())
+    assert metrics == at_the_end
+
+    with (tmp_path / "out/hypotheses.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows) == metrics["clips"]
+    for column in ("hypothesis", "reference"):
+        (tmp_path / column).write_text("".join(row[column] + "\n" for row in rows), encoding="utf-8")
+    scored = subprocess.run(
+        [sys.executable, "-m", "sacrebleu", tmp_path / "reference", "-i", tmp_path / "hypothesis"]
+        + ["-m", "bleu", "chrf", "-b", "-w", "12"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    bleu, chrf = (
+        float(number) for number in scored.stdout.replace("[", " ").replace("]", " ").replace(",", " ").split()
+    )
+    assert metrics["bleu4"] == pytest.approx(bleu, abs=1e-9)
+    assert metrics["chrf"] == pytest.approx(chrf, abs=1e-9)
+
+
+def test_retrieve_repeats_the_scores(run: Path, corpus, command: Command, tmp_path: Path) -> None:
+    pretrained = run.parent / "tiny_pretrain"
+    done = command(
+        *("-m", "sltscale.cli", "retrieve", "--run", pretrained, "--shards", corpus.shards),
+        *("--split", "test", "--out", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    ours = json.loads((tmp_path / "metrics.json").read_text())
+    assert ours == json.loads((pretrained / "evaluation/test/metrics.json").read_text())
+
+
+def test_translate_files(run: Path, corpus, command: Command) -> None:
+    videos = sorted((corpus.source / "videos").iterdir())[:2]
+    done = command("-m", "sltscale.cli", "translate", "--run", run, *videos)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(video) for video in videos]
+    refused = command("-m", "sltscale.cli", "translate", "--run", run, corpus.translate)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert "translate.toml" in refused.stderr
+
+
+def test_commands_refuse_the_other_kind_of_run(run: Path, corpus, command: Command, tmp_path: Path) -> None:
+    places = ("--shards", corpus.shards, "--out", tmp_path)
+    for verb, folder in (("evaluate", run.parent / "tiny_pretrain"), ("retrieve", run)):
+        done = command("-m", "sltscale.cli", verb, "--run", folder, *places)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_finished_run_is_not_repeated(run: Path, corpus, launcher: Launcher) -> None:
+    before = (run / "steps.jsonl").stat().st_mtime_ns
+    output = launcher.check(
+        TRAIN,
+        ["--deepspeed", str(ZERO2), "--recipe", str(corpus.translate), "--run", str(run)]
+        + ["--evaluation.every_epochs", "2"],
+        ranks=1,
+    )
+    assert "already finished" in output
+    assert (run / "steps.jsonl").stat().st_mtime_ns == before
+
+
+def test_plain_webdataset_opens_the_tars(corpus) -> None:
+    for split in ("train", "dev", "test"):
+        tars = [str(path) for path in sorted(corpus.shards.glob(f"{split}-*.tar"))]
+        samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+        assert samples
+        for sample in samples:
+            assert sample["mp4"][4:8] == b"ftyp"
+            assert json.loads(sample["json"])["text"] == sample["txt"].decode()

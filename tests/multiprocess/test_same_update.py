@@ -1,0 +1,55 @@
+"""One step of the same global batch gives the same loss and the same weights on 1 and 2 ranks, ZeRO 0, 1, 2, 3."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import Launcher
+
+from sltscale.engine.checkpoint import assemble, latest_checkpoint
+
+pytestmark = pytest.mark.multiprocess
+WORKER = Path(__file__).with_name("steps_worker.py")
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    found, complaints = latest_checkpoint(folder / "checkpoints")
+    assert found is not None, complaints
+    return assemble(found)
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def assert_same_state(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], start: dict) -> None:
+    """Within 1e-5 relative. The keys' biases have no gradient but rounding noise around zero (a constant added to all
+    scores of a query leaves its softmax as it is), so their scale is that of the weights beside them."""
+    assert ours.keys() == reference.keys()
+    for name, expected in reference.items():
+        scale = reference[name.replace("bias", "weight")] if name.endswith("k_proj.bias") else expected
+        worst = (ours[name] - expected).abs().max() / scale.abs().max().clamp(min=1e-12)
+        assert worst <= 1e-5, f"{name}: {worst:.2e}"
+    changed = [name for name in reference if not torch.equal(reference[name], start[name])]
+    assert len(changed) > 0.9 * len(reference)
+
+
+@pytest.mark.parametrize("method", ["c2rl", "translation"])
+def test_one_and_two_ranks_at_every_stage_take_the_same_step(method: str, launcher: Launcher, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        arguments = ["--method", method, "--out", str(tmp_path / f"ranks{ranks}")]
+        launcher.check(WORKER, arguments, ranks=ranks)
+    launcher.check(
+        WORKER, ["--method", method, "--steps", "0", "--stages", "0", "--out", str(tmp_path / "start")], ranks=1
+    )
+    start = state(tmp_path / "start/zero0")
+    reference = state(tmp_path / "ranks1/zero0")
+    if method == "c2rl":
+        assert any("logit_scale" in name for name in reference)
+    for ranks in (1, 2):
+        for stage in range(4):
+            folder = tmp_path / f"ranks{ranks}/zero{stage}"
+            assert_same_state(state(folder), reference, start)
+            ours, expected = losses(folder)[0], losses(tmp_path / "ranks1/zero0")[0]
+            assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5)

@@ -1,0 +1,221 @@
+"""The methods' contract: sums and counts, every parameter trained, padding without effect, published sizes."""
+
+import math
+
+import pytest
+import torch
+
+from sltscale.config import (
+    C2RLSettings,
+    LanguageModelSettings,
+    ResNetSettings,
+    TransformerSettings,
+    TranslationSettings,
+    VisualSettings,
+)
+from sltscale.errors import InputError
+from sltscale.methods.base import Method, Vocabulary, build_method
+from sltscale.methods.c2rl import C2RL
+from sltscale.methods.translation import Translation
+from sltscale.structures import LossOutput, Ragged, TextBatch, VideoBatch
+
+BLOCKS = TransformerSettings(layers=1, width=24, heads=4, feed_forward=32, dropout=0.0, max_positions=32)
+VISUAL = VisualSettings(
+    frames=ResNetSettings(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1)), transformer=BLOCKS
+)
+PRETRAINING = C2RLSettings(name="c2rl", visual=VISUAL, text_encoder=BLOCKS, text_decoder=BLOCKS)
+TRANSLATION = TranslationSettings(
+    name="translation",
+    visual=VISUAL,
+    language_model=LanguageModelSettings(
+        width=32, encoder_layers=1, decoder_layers=1, heads=4, feed_forward=48, dropout=0.0, attention_dropout=0.0
+    ),
+)
+VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
+BOTH = pytest.mark.parametrize("settings", [PRETRAINING, TRANSLATION], ids=["c2rl", "translation"])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def example(clip_lengths: list[int], text_lengths: list[int], extra: int = 0) -> tuple[VideoBatch, TextBatch]:
+    frames = torch.randint(0, 256, (sum(clip_lengths), 3, 32, 32), dtype=torch.uint8)
+    ids = torch.full((len(text_lengths), max(text_lengths) + extra), VOCABULARY.pad_id)
+    for row, length in enumerate(text_lengths):
+        sentence = [*torch.randint(4, 36, (length - 2,)).tolist(), VOCABULARY.eos_id, 36 + row % 2]
+        ids[row, :length] = torch.tensor(sentence)
+    names = [str(row) for row in range(len(clip_lengths))]
+    batch = VideoBatch(names, Ragged.from_lengths(frames, clip_lengths), names, ["de"] * len(names))
+    return batch, TextBatch(ids, (ids != VOCABULARY.pad_id).long())
+
+
+def total(method: Method, losses: dict[str, LossOutput]) -> torch.Tensor:
+    return sum(method.weights[part] * loss.loss_sum / loss.count for part, loss in losses.items())
+
+
+@BOTH
+@pytest.mark.parametrize("seed", [0, 1])
+def test_contract(settings: C2RLSettings | TranslationSettings, seed: int) -> None:
+    torch.manual_seed(seed)
+    method = build_method(settings, VOCABULARY)
+    losses = method(*example([5, 1, 9, 3], [7, 3, 5, 4]))
+    assert losses.keys() == method.weights.keys()
+    for loss in losses.values():
+        assert loss.loss_sum.dim() == 0 and loss.count.dim() == 0
+        assert all(value.dim() == 0 and not value.requires_grad for value in loss.metrics.values())
+    assert int(losses["lm"].count) == 7 + 3 + 5 + 4  # </s> and the language code are learnt too
+    total(method, losses).backward()
+    for name, parameter in method.named_parameters():
+        assert parameter.dim() > 0, name
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@BOTH
+def test_loss_at_the_start(settings: C2RLSettings | TranslationSettings) -> None:
+    """ln(N) per direction where similarities carry nothing yet, ln(V) per token."""
+    method = build_method(settings, VOCABULARY)
+    with torch.no_grad():
+        losses = {part: loss.loss_sum / loss.count for part, loss in method(*example([4] * 8, [6] * 8)).items()}
+    assert float(losses["lm"]) == pytest.approx(math.log(40), abs=0.3)
+    if "contrastive" in losses:
+        assert float(losses["contrastive"]) == pytest.approx(2 * math.log(8), abs=1.0)
+
+
+@BOTH
+def test_extra_text_padding_changes_nothing(settings: C2RLSettings | TranslationSettings) -> None:
+    method = build_method(settings, VOCABULARY).double()
+    results = []
+    for extra in (0, 5):
+        torch.manual_seed(1)
+        method.zero_grad()
+        losses = method(*example([5, 1, 9, 3], [7, 3, 5, 4], extra))
+        total(method, losses).backward()
+        gradients = {name: p.grad.clone() for name, p in method.named_parameters()}
+        results.append({**{part: loss.loss_sum for part, loss in losses.items()}, **gradients})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@BOTH
+def test_extra_video_padding_changes_nothing(settings: C2RLSettings | TranslationSettings) -> None:
+    """max_seqlen larger than the longest clip is what padding to a longer batch amounts to."""
+    method = build_method(settings, VOCABULARY).double()
+    batch, text = example([5, 1, 9, 3], [7, 3, 5, 4])
+    results = []
+    for longest in (9, 14):
+        method.zero_grad()
+        frames = Ragged(batch.frames.values, batch.frames.cu_seqlens, longest)
+        losses = method(VideoBatch(batch.ids, frames, batch.texts, batch.languages), text)
+        total(method, losses).backward()
+        gradients = {name: p.grad.clone() for name, p in method.named_parameters()}
+        results.append({**{part: loss.loss_sum for part, loss in losses.items()}, **gradients})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@BOTH
+def test_two_equal_seeds_train_equally_and_the_loss_falls(settings: C2RLSettings | TranslationSettings) -> None:
+    batch, text = example([5, 2, 6, 3], [7, 3, 5, 4])
+    curves = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        method = build_method(settings, VOCABULARY)
+        optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+        curve = []
+        for _ in range(20):
+            loss = total(method, method(batch, text))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0] == curves[1]
+    assert curves[0][-1] < 0.75 * curves[0][0]
+
+
+def test_a_weight_of_zero_builds_no_tower() -> None:
+    batch, text = example([3, 2], [4, 4])
+    only_lm = build_method(PRETRAINING.model_copy(update={"alpha": 0.0}), VOCABULARY)
+    assert {name for name, _ in only_lm.named_children()} == {"visual", "text_decoder"}
+    assert only_lm(batch, text).keys() == only_lm.weights.keys() == {"lm"}
+    with pytest.raises(InputError, match="alpha > 0"):
+        only_lm.encode_text(text)
+    only_contrastive = build_method(PRETRAINING.model_copy(update={"beta": 0.0}), VOCABULARY)
+    assert {name for name, _ in only_contrastive.named_children()} == {"visual", "text_encoder", "logit_scale"}
+    assert only_contrastive(batch, text).keys() == {"contrastive"}
+    with pytest.raises(InputError, match="both 0"):
+        build_method(PRETRAINING.model_copy(update={"alpha": 0.0, "beta": 0.0}), VOCABULARY)
+
+
+def test_towers_of_different_width_are_refused() -> None:
+    wide = BLOCKS.model_copy(update={"width": 32})
+    for tower in ("text_encoder", "text_decoder"):
+        with pytest.raises(InputError, match=f"method.{tower}.width is 32"):
+            build_method(PRETRAINING.model_copy(update={tower: wide}), VOCABULARY)
+
+
+def test_pretraining_and_translation_share_the_visual_encoder() -> None:
+    pretrained, translation = build_method(PRETRAINING, VOCABULARY), build_method(TRANSLATION, VOCABULARY)
+    translation.get_submodule("visual").load_state_dict(pretrained.get_submodule("visual").state_dict())
+    assert {name for name, _ in translation.named_children()} == {"visual", "projection", "language_model"}
+
+
+def test_similarity_in_chunks_equals_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = build_method(PRETRAINING, VOCABULARY).eval()
+    assert isinstance(method, C2RL)
+    batch, text = example([5, 1, 4, 3, 2], [7, 3, 5, 4, 6])
+    with torch.no_grad():
+        video, video_mask = method.encode_video(batch.frames)
+        sentence, sentence_mask = method.encode_text(text)
+        assert video.shape == (5, 5, 24) and video_mask.sum(1).tolist() == [5, 1, 4, 3, 2]
+        assert sentence.shape == (5, 7, 24) and sentence_mask.dtype == torch.bool
+        whole = method.similarity(video, video_mask, sentence[:3], sentence_mask[:3])
+        assert whole.shape == (5, 3)
+        monkeypatch.setattr("sltscale.methods.c2rl.SIMILARITY_ELEMENTS", 2 * 5 * 3 * 7)
+        chunked = method.similarity(video, video_mask, sentence[:3], sentence_mask[:3])
+        torch.testing.assert_close(chunked, whole)
+        one = method.similarity(video[3:4, :3], video_mask[3:4, :3], sentence[1:2, :3], sentence_mask[1:2, :3])
+    torch.testing.assert_close(one[0, 0], whole[3, 1])
+
+
+def test_translate_in_a_batch_equals_one_by_one() -> None:
+    method = build_method(TRANSLATION, VOCABULARY)
+    assert isinstance(method, Translation)
+    batch, text = example([6, 1, 4], [7, 3, 5])
+    for _ in range(30):
+        method(batch, text)
+    method.eval()
+    for parameter in method.language_model.parameters():
+        parameter.data.mul_(4)
+    languages = torch.tensor([36, 37, 36])
+    options = {"beams": 3, "length_penalty": 1.0, "max_new_tokens": 8}
+    together = method.translate(batch, languages, **options)
+    alone = []
+    for row, frames in enumerate(batch.frames.split()):
+        single = VideoBatch(["x"], Ragged.from_list([frames]), ["x"], ["de"])
+        alone += method.translate(single, languages[row : row + 1], **options)
+    assert together == alone
+
+
+def test_c2rls_published_sizes() -> None:
+    """V = 2454 token ids, D = 512, F = 2048, 3 layers each, ResNet-18.
+
+    attention: 4 D(D+1) = 1,050,624. feed-forward: 2 D F + F + D = 2,099,712. layer norm: 2 D = 1,024.
+    encoder layer: attention + feed-forward + 2 norms = 3,152,384; decoder layer: 2 attentions, 3 norms = 4,204,032.
+    around the layers: positions (1024 + 2) D = 525,312 and 2 norms = 527,360. token table: V D = 1,256,448.
+    ResNet-18 without classifier 11,176,512; convolution 3 D D + norm 2 D = 787,456; linear D(D+1) = 262,656.
+    """
+    with torch.device("meta"):
+        method = build_method(C2RLSettings(name="c2rl"), Vocabulary(2454, 1, 2))
+    blocks = 3 * 3_152_384 + 527_360
+    expected = {
+        "visual": 11_176_512 + 787_456 + 262_656 + blocks,
+        "text_encoder": 1_256_448 + blocks,
+        "text_decoder": 2 * 1_256_448 + 3 * 4_204_032 + 527_360,
+        "logit_scale": 1,
+    }
+    found = {name: sum(p.numel() for p in child.parameters()) for name, child in method.named_children()}
+    assert found == expected
+    assert sum(expected.values()) == 49_104_449

@@ -1,0 +1,294 @@
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from sltscale.config import DataSettings
+from sltscale.data.augment import choose_frames, clip_generator, crop_corner, frames_after_sampling
+from sltscale.data.index import Index, Row, Shard, open_index, write_index
+from sltscale.data.plan import Plan, evaluation_shares
+from sltscale.data.stream import evaluation_batches, load_video, stream
+from sltscale.data.video import SourceFrame, decode_clip, encode
+from sltscale.errors import InputError
+from sltscale.structures import VideoBatch
+
+FRAMES = [9, 4, 17, 1, 12, 5, 8, 3, 21, 6, 2]
+SIZE = 32
+SEED = 5
+
+
+def mp4(frames: int, seed: int) -> bytes:
+    coarse = np.random.default_rng(seed).integers(0, 256, (frames, 8, 8, 3), dtype=np.uint8)
+    pictures = coarse.repeat(SIZE // 8, 1).repeat(SIZE // 8, 2)
+    source = [SourceFrame(picture, pts, 1, Fraction(1, 25)) for pts, picture in enumerate(pictures)]
+    return encode(source).data
+
+
+def write_shards(folder: Path, clips: list[bytes], frames: list[int]) -> None:
+    """Two shards of clips with a gap before each; the stream looks only at the places that the index gives."""
+    shards = []
+    for number, numbers in enumerate((range(6), range(6, len(clips)))):
+        content, rows = b"", []
+        for i in numbers:
+            content += b"gap"
+            digest = hashlib.sha256(clips[i]).hexdigest()
+            place = (len(content), len(content) + len(clips[i]))
+            rows.append(
+                Row(
+                    id=f"clip.{i}:x",
+                    key=f"clip-{i}",
+                    text=f"Satz {i} für üben",
+                    language="de" if i % 2 else "en",
+                    frames=frames[i],
+                    fps=(25, 1),
+                    offset=place[0],
+                    size=len(clips[i]),
+                    sha256=digest,
+                    record=place,
+                    crc32=(0, 0, 0),
+                )
+            )
+            content += clips[i]
+        name = f"train-{number}.tar"
+        (folder / name).write_bytes(content)
+        shards.append(Shard(name, len(content), "", rows))
+    write_index(folder, "train", shards, corpus="test", frame_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[bytes]:
+    return [mp4(frames, seed) for seed, frames in enumerate(FRAMES)]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, clips: list[bytes]) -> Index:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, clips, FRAMES)
+    return open_index(folder, "train")
+
+
+def settings(**changes: object) -> DataSettings:
+    values = {"shards": "x", "frame_size": SIZE, "crop_size": 24, "sampling_rate": 0.5, "global_batch": 4, "workers": 0}
+    return DataSettings.model_validate({**values, **changes})
+
+
+def run(
+    index: Index, chosen: DataSettings, first: int, last: int, rank: int = 0, world_size: int = 1, training: bool = True
+) -> Iterator[tuple[int, VideoBatch]]:
+    plan = Plan(frames_after_sampling(index.frames, chosen), SEED, chosen.global_batch)
+    return stream(
+        index,
+        plan,
+        chosen,
+        seed=SEED,
+        rank=rank,
+        world_size=world_size,
+        first_step=first,
+        last_step=last,
+        training=training,
+    )
+
+
+def assert_equal(ours: list[tuple[int, VideoBatch]], theirs: list[tuple[int, VideoBatch]]) -> None:
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    for (_, a), (_, b) in zip(ours, theirs, strict=True):
+        assert (a.ids, a.texts, a.languages, a.frames.max_seqlen) == (b.ids, b.texts, b.languages, b.frames.max_seqlen)
+        assert torch.equal(a.frames.cu_seqlens, b.frames.cu_seqlens)
+        assert torch.equal(a.frames.values, b.frames.values)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_clip_once_an_epoch_on_any_number_of_ranks(index: Index, world_size: int) -> None:
+    chosen = settings()
+    plan = Plan(FRAMES, SEED, chosen.global_batch)
+    ranks = [list(run(index, chosen, 0, plan.steps(2), rank, world_size)) for rank in range(world_size)]
+    for epoch in range(2):
+        steps = range(plan.steps(epoch), plan.steps(epoch + 1))
+        seen = [id for batches in ranks for step, batch in batches if step in steps for id in batch.ids]
+        assert sorted(seen) == sorted(index.id(clip) for clip in range(len(index)))
+    for step, parts in enumerate(zip(*ranks, strict=True)):
+        assert {number for number, _ in parts} == {step}
+        together = sorted(id for _, batch in parts for id in batch.ids)
+        assert together == sorted(index.id(clip) for clip in plan.batch(step))
+        # What a clip looks like does not depend on who reads it.
+        alone = dict(zip(*clips_of(next(run(index, chosen, step, step + 1))[1]), strict=True))
+        assert all(
+            torch.equal(alone[id], frames) for _, batch in parts for id, frames in zip(*clips_of(batch), strict=True)
+        )
+
+
+def clips_of(batch: VideoBatch) -> tuple[list[str], list[torch.Tensor]]:
+    return batch.ids, batch.frames.split()
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(1, 2), (2, 3)])
+def test_workers_change_nothing_nor_does_a_new_start(index: Index, workers: int, world_size: int) -> None:
+    state = torch.get_rng_state()
+    unbroken = list(run(index, settings(), 0, 9, 1, world_size))
+    resumed = list(run(index, settings(workers=workers), 2, 9, 1, world_size))
+    assert_equal(resumed, unbroken[2:])
+    assert torch.equal(torch.get_rng_state(), state), "the stream must not draw from the training's random numbers"
+
+
+def test_frames_texts_and_layout_are_those_of_the_shards(index: Index, clips: list[bytes]) -> None:
+    chosen = settings(max_frames=7)
+    for step, batch in run(index, chosen, 0, 6):
+        epoch = step // 3
+        values = batch.frames.values
+        assert values.dtype == torch.uint8
+        assert values.is_contiguous()
+        assert values.shape[1:] == (3, 24, 24)
+        for id, text, language, frames in zip(
+            batch.ids, batch.texts, batch.languages, batch.frames.split(), strict=True
+        ):
+            clip = int(id.removeprefix("clip.").removesuffix(":x"))
+            assert (text, language) == (f"Satz {clip} für üben", "de" if clip % 2 else "en")
+            rng = clip_generator(SEED, epoch, clip)
+            keep = choose_frames(FRAMES[clip], chosen, rng)
+            top, left = crop_corner(SIZE, SIZE, 24, rng)
+            assert frames.tolist() == decode_clip(clips[clip])[keep, :, top : top + 24, left : left + 24].tolist()
+
+
+def test_training_draws_anew_each_epoch_and_without_augmentation_only_frames(index: Index, clips: list[bytes]) -> None:
+    def longest(chosen: DataSettings, training: bool) -> list[torch.Tensor]:
+        batches = run(index, chosen, 0, 6, training=training)
+        return [dict(zip(*clips_of(batch), strict=True))["clip.8:x"] for _, batch in batches if "clip.8:x" in batch.ids]
+
+    first, second = longest(settings(), training=True)
+    assert not torch.equal(first, second)
+    first, second = longest(settings(), training=False)
+    assert torch.equal(first, second)
+    assert first.tolist() == decode_clip(clips[8])[[21 * i // 10 for i in range(10)], :, 4:28, 4:28].tolist()
+    first, second = longest(settings(augment="none", sampling_rate=1.0), training=True)
+    assert torch.equal(first, second)
+    assert first.tolist() == decode_clip(clips[8])[:, :, 4:28, 4:28].tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 14])
+def test_evaluation_sees_every_clip_once_and_the_same(index: Index, world_size: int) -> None:
+    chosen = settings()
+    ranks = evaluation_shares(frames_after_sampling(index.frames, chosen), world_size, 3)
+    seen: dict[str, torch.Tensor] = {}
+    for shares in ranks:
+        batches = list(evaluation_batches(index, chosen, shares))
+        assert [batch.ids for batch in batches] == [[index.id(clip) for clip in clips] for clips in shares]
+        for batch in batches:
+            seen |= dict(zip(*clips_of(batch), strict=True))
+    assert len(seen) == len(index)
+    expected = {
+        id: f for _, batch in run(index, chosen, 0, 3, training=False) for id, f in zip(*clips_of(batch), strict=True)
+    }
+    assert all(torch.equal(seen[id], expected[id]) for id in expected)
+
+
+def test_a_video_file_gets_evaluations_transforms(tmp_path: Path) -> None:
+    path = tmp_path / "-odd name.mp4"
+    path.write_bytes(mp4(9, 0))
+    frames = load_video(path, settings(frame_size=48, crop_size=40))
+    assert frames.shape == (4, 3, 40, 40)
+    assert frames.dtype == torch.uint8
+    original = decode_clip(mp4(9, 0))[[0, 2, 4, 6]].repeat(2, 2).repeat(2, 3)
+    assert abs(frames.float().mean() - original.mean()) < 10
+    path.write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"-odd name\.mp4: "):
+        load_video(path, settings())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_clip_is_named_with_its_shard(tmp_path: Path, clips: list[bytes], workers: int) -> None:
+    write_shards(tmp_path, [*clips[:8], b"\0" * 2000, *clips[9:]], FRAMES)
+    with pytest.raises(InputError, match=r"^[^\n]*train-1\.tar: clip clip-8 \(id clip\.8:x\): [^\n]+$"):
+        list(run(open_index(tmp_path, "train"), settings(workers=workers), 0, 3))
+
+
+def test_a_clip_of_other_length_than_its_index_says(tmp_path: Path, clips: list[bytes]) -> None:
+    write_shards(tmp_path, clips, [*FRAMES[:-1], 30])
+    with pytest.raises(InputError, match=r"train-1\.tar: clip clip-10 .*fewer frames"):
+        list(run(open_index(tmp_path, "train"), settings(sampling_rate=1.0), 0, 3))
+
+
+def test_what_cannot_start_fails_before_the_first_batch(index: Index) -> None:
+    with pytest.raises(InputError, match=r"4 ranks, but the smallest global batch has 3 clips"):
+        run(index, settings(), 0, 3, world_size=4)
+    with pytest.raises(InputError, match=r"holds clips of 32 pixels, but data\.frame_size is 30"):
+        run(index, settings(frame_size=30), 0, 3)
+    with pytest.raises(InputError, match=r"holds clips of 32 pixels"):
+        evaluation_batches(index, settings(frame_size=30), [[0]])
+
+
+MAIN = """
+import sys, time
+from pathlib import Path
+from sltscale.config import DataSettings
+from sltscale.data.index import open_index
+from sltscale.data.plan import Plan
+from sltscale.data.stream import stream
+
+if __name__ == "__main__":
+    index = open_index(Path(sys.argv[1]), "train")
+    settings = DataSettings(shards="x", frame_size=32, crop_size=32, global_batch=4, workers=1)
+    plan = Plan(index.frames, 0, 4)
+    batches = stream(index, plan, settings, seed=0, rank=0, world_size=1, first_step=0, last_step=10_000)
+    for step, _ in batches:
+        print(step, flush=True)
+        if step == int(sys.argv[2]):
+            raise SystemExit(3)
+        time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def main_process(index: Index, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """A training process that ends at the step given by the parameter, in the middle of its stream."""
+    script = tmp_path / "main.py"
+    script.write_text(MAIN)
+    command = [sys.executable, script, index.folder, str(request.param)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
+    children = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return worker
+
+
+@pytest.mark.parametrize("main_process", [10_000], indirect=True)
+def test_workers_outlive_the_jobs_signals_but_not_the_main_process(main_process: subprocess.Popen[str]) -> None:
+    assert main_process.stdout is not None
+    assert main_process.stdout.readline() == "0\n"
+    worker = worker_of(main_process)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        worker.send_signal(number)
+    for _ in range(40):
+        assert main_process.stdout.readline().strip().isdigit()
+    assert worker.is_running()
+    os.kill(main_process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20  # they look every five seconds
+    while (running := is_alive(worker)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("main_process", [0], indirect=True)
+def test_a_program_that_ends_in_mid_stream_ends(main_process: subprocess.Popen[str]) -> None:
+    assert main_process.wait(60) == 3
