@@ -28,10 +28,11 @@ setup: .venv/.installed
 
 # torch first and by exact version: where a CPU build is at hand, a version range would pass it over for a CUDA one.
 .venv/.installed: pyproject.toml constraints.txt
+	@echo "setting up .venv: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf .venv runs shards/demo
+	rm -rf .venv runs shards/demo shards/.demo*

@@ -7,9 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sltscale import __version__, config
 from sltscale.errors import InputError
+
+if TYPE_CHECKING:
+    from sltscale.data.index import Index
 
 # Heavy libraries are imported inside the commands that need them, so that the others answer at once.
 
@@ -19,30 +23,31 @@ def show_config(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def shards_verify(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from sltscale.data.index import open_index, splits
     from sltscale.data.verify import verify
 
     defects = 0
-    names = splits(options.folder)
-    if not names:
-        raise InputError(f"{options.folder} holds no index; expected a folder made by tools/make_shards.py")
-    for split in names:
-        index = open_index(options.folder, split)
+    for index in _indexes(options.folder):
         found = verify(index)
         defects += len(found)
         for defect in found:
             print(defect)
-        print(f"{split}: {len(index)} clips in {len(index.shards)} shards, {len(found) or 'no'} defects")
-    return 1 if defects else 0
+        print(f"{index.split}: {len(index)} clips in {len(index.shards)} shards, {len(found) or 'no'} defects")
+    return 2 if defects else 0
 
 
 def shards_show(options: argparse.Namespace, _: Sequence[str]) -> None:
-    from sltscale.data.index import open_index, splits
-
-    for split in splits(options.folder):
-        index = open_index(options.folder, split)
+    for index in _indexes(options.folder):
         for number in range(len(index)):
             print(json.dumps(index.row(number), ensure_ascii=False))
+
+
+def _indexes(folder: Path) -> list[Index]:
+    from sltscale.data.index import open_index, splits
+
+    names = splits(folder)
+    if not names:
+        raise InputError(f"{folder} holds no index; expected a folder made by tools/make_shards.py")
+    return [open_index(folder, name) for name in names]
 
 
 def evaluate(options: argparse.Namespace, _: Sequence[str]) -> None:
@@ -71,7 +76,7 @@ def _evaluate(options: argparse.Namespace, method: str) -> None:
     print(f"written: {options.out}")
 
 
-def translate(options: argparse.Namespace, _: Sequence[str]) -> None:
+def translate(options: argparse.Namespace, _: Sequence[str]) -> int:
     from sltscale.engine.finished import default_device, load_run
     from sltscale.evaluation.splits import translate_files
     from sltscale.methods.translation import Translation
@@ -84,8 +89,14 @@ def translate(options: argparse.Namespace, _: Sequence[str]) -> None:
     if options.language is None and len(known) != 1:
         raise InputError(f"the run knows {', '.join(known)}; choose one with --language")
     language = options.language or known[0]
+    faults = 0
     for path, text in translate_files(model.method, model.tokenizer, model.recipe, options.clips, language, device):
-        print(f"{path}\t{text}", flush=True)
+        if isinstance(text, InputError):
+            faults += 1
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        else:
+            print(f"{path}\t{text}", flush=True)
+    return 2 if faults else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -97,16 +97,22 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
-def on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Run ``work`` on rank 0 while the others wait; an InputError there is raised on every rank."""
-    result: T | None = None
-    failure: InputError | None = None
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 while the others wait; every rank gets its (small) result.
+
+    An InputError there, or an OSError, which becomes one, is raised on every rank.
+    """
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            result = work()
+            outcome[0] = work()
         except InputError as error:
-            failure = error
-    failure = gather_objects(failure)[0]
+            outcome[1] = error
+        except OSError as error:
+            outcome[1] = InputError(f"{error.filename or 'file system'}: {error.strerror or error}")
+    if is_distributed():
+        dist.broadcast_object_list(outcome)
+    result, failure = outcome
     if failure is not None:
         raise failure
     return result

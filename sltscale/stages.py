@@ -15,21 +15,24 @@ import torch
 from sltscale import config, parallel
 from sltscale.data.augment import frames_after_sampling
 from sltscale.data.demo import ensure_synthetic_shards
-from sltscale.data.index import open_index
+from sltscale.data.index import Index, open_index
 from sltscale.data.plan import Plan
-from sltscale.data.stream import stream
+from sltscale.data.stream import check_frame_size, stream
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
 from sltscale.data.verify import check_shards
 from sltscale.engine import checkpoint, loop
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, read_deepspeed_json, start_processes
 from sltscale.engine.run_folder import RunFolder
+from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
 from sltscale.errors import InputError
 from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.files import write_atomically
-from sltscale.methods import pretrained
+from sltscale.methods import export
+
+Scores = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +53,30 @@ def run(deepspeed_path: Path, recipe_name: str, overrides: Sequence[str], run_fo
 
     Raises InputError for bad input, StoppedError when a signal ended it with its state saved.
     """
+    began = time.perf_counter()
     deepspeed_json = read_deepspeed_json(deepspeed_path)
     stages = plan_stages(recipe_name, overrides, run_folder)
     for stage in stages:
         stage.folder.check(stage.recipe)
     for line in heal_stale_compile_locks():
         print(line, file=sys.stderr, flush=True)
+    first = stages[0].recipe.data
+    for stage in stages:
+        data = stage.recipe.data
+        same = (data.synthetic, data.frame_size) == (first.synthetic, first.frame_size)
+        if data.shards == first.shards and not same:
+            raise InputError(
+                f"recipes {stages[0].recipe.name} and {stage.recipe.name} want different clips in {data.shards}; "
+                "tune data of the first one too, or give this one its own data.shards"
+            )
     for stage in stages:
         ensure_synthetic_shards(stage.recipe.data)
     device = start_processes()
-    scores = [train_stage(stage, deepspeed_json, device) for stage in stages]
-    _summarise(stages, scores)
+    scores: list[Scores] = []
+    for stage in stages:
+        scores.append(train_stage(stage, deepspeed_json, device, began))
+        began = time.perf_counter()
+    parallel.on_rank_zero(lambda: _summarise(stages, scores))
 
 
 def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> list[Stage]:
@@ -83,38 +99,44 @@ def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | N
             starts_from = Path(recipe.start.run) / "export"
         else:
             starts_from = None
+        if any(stage.folder.path == path for stage in stages):
+            raise InputError(f"--run {path}: recipe {recipe.name}, which is trained first, would use the same folder")
         stages.insert(0, Stage(recipe, RunFolder(path), starts_from))
         if earlier is None:
             return stages
         recipe, path = earlier, path.parent / earlier.name
 
 
-def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Train to the end (from the last good checkpoint, if there is one), export, score the test split."""
+def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.device, began: float) -> Scores:
+    """Train to the end (from the last good checkpoint, if there is one), export, score the test split.
+
+    began: ``perf_counter`` when the work for this stage began.
+    """
     recipe, folder = stage.recipe, stage.folder
-    status = folder.status()
+    status = parallel.on_rank_zero(folder.status)
     if status["state"] == "finished":
         if parallel.rank() == 0:
             print(f"{recipe.name}: already finished, see {folder.path}", flush=True)
         return _read_scores(folder)
-    parallel.on_rank_zero(lambda: folder.open(recipe, deepspeed_json, parallel.world_size()))
-    started = time.perf_counter() - status["seconds"]
 
-    shards = Path(recipe.data.shards)
-    train_index = open_index(shards, "train")
-    for index in (train_index, open_index(shards, "dev"), open_index(shards, "test")):
+    # All that can be refused is, before the folder is touched.
+    indexes = {split: open_index(Path(recipe.data.shards), split) for split in ("train", "dev", "test")}
+    for index in indexes.values():
+        check_frame_size(index, recipe.data)
         check_shards(index, parallel.rank(), parallel.world_size())
-    tokenizer = _tokenizer(recipe)
-    parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
-    plan = Plan(frames_after_sampling(train_index.frames, recipe.data), recipe.seed, recipe.data.global_batch)
+    tokenizer = _tokenizer(stage)
+    plan = Plan(frames_after_sampling(indexes["train"].frames, recipe.data), recipe.seed, recipe.data.global_batch)
     plan.check_world_size(parallel.world_size())
     total_steps = plan.steps(recipe.train.epochs)
-
-    method = pretrained.build(recipe, tokenizer)
+    method = export.build(recipe, tokenizer)
     if stage.starts_from is not None and recipe.start is not None:
-        pretrained.transfer(method, stage.starts_from, recipe.start.parts)
+        export.transfer(method, stage.starts_from, recipe.start.parts)
     engine = build_engine(method.to(device), recipe.optim, deepspeed_json)
-    latest, complaints = checkpoint.latest_checkpoint(folder.checkpoints)
+
+    digests = {split: index.digest for split, index in indexes.items()}
+    parallel.on_rank_zero(lambda: folder.open(recipe, deepspeed_json, digests, parallel.world_size()))
+    parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
+    latest, complaints = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(folder.checkpoints))
     first_step = 0
     if latest is not None:
         checkpoint.restore(engine, latest)
@@ -123,6 +145,7 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
     for complaint in complaints:
         telemetry.say(f"warning: {complaint}; going on from an earlier one")
     _introduce(stage, telemetry, method, plan, first_step, deepspeed_json)
+    _count_truncated(telemetry, tokenizer, indexes["train"])
 
     def evaluate(committed: checkpoint.Checkpoint) -> None:
         epoch = committed.step // plan.batches_per_epoch
@@ -133,7 +156,7 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
         telemetry.say(f"{recipe.name} dev after epoch {epoch}: {_brief(scores)}")
 
     batches = stream(
-        train_index,
+        indexes["train"],
         plan,
         recipe.data,
         seed=recipe.seed,
@@ -143,30 +166,36 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
         last_step=total_steps,
         training=True,
     )
-    step = loop.train(
-        engine,
-        recipe,
-        plan,
-        batches,
-        tokenizer,
-        folder=folder,
-        telemetry=telemetry,
-        first_step=first_step,
-        device=device,
-        evaluate=evaluate,
-    )
-    finished = step == total_steps
+    with StopRequest() as stop:
+        step = loop.train(
+            engine,
+            recipe,
+            plan,
+            batches,
+            tokenizer,
+            folder=folder,
+            telemetry=telemetry,
+            first_step=first_step,
+            device=device,
+            stop=stop,
+            seconds_before=status["seconds"] + time.perf_counter() - began,
+            evaluate=evaluate,
+        )
+        seconds = status["seconds"] + time.perf_counter() - began
+        if step < total_steps:
+            if parallel.rank() == 0:
+                folder.set_status("stopped", step=step, seconds=seconds)
+                telemetry.close()
+            parallel.barrier()  # the launcher ends the ranks that are left when the first one is gone
+            raise StoppedError(f"{recipe.name}: stopped by a signal after step {step}, saved; the same command goes on")
     if parallel.rank() == 0:
-        folder.set_status("trained" if finished else "stopped", step=step, seconds=time.perf_counter() - started)
-    if not finished:
-        telemetry.close()
-        raise StoppedError(f"{recipe.name}: stopped by a signal after step {step}, saved; the same command goes on")
-
+        folder.set_status("trained", step=step, seconds=seconds)
     engine.destroy()
     scores = _export_and_score(stage, tokenizer, telemetry, step, device)
     if parallel.rank() == 0:
-        folder.set_status("finished", step=step, seconds=time.perf_counter() - started)
-    telemetry.close()
+        seconds = status["seconds"] + time.perf_counter() - began
+        folder.set_status("finished", step=step, seconds=seconds)
+        telemetry.close()
     folder.close()
     parallel.barrier()
     return scores
@@ -174,12 +203,12 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
 
 def _export_and_score(
     stage: Stage, tokenizer: TextTokenizer, telemetry: Telemetry, step: int, device: torch.device
-) -> dict[str, Any]:
-    final, _ = checkpoint.latest_checkpoint(stage.folder.checkpoints)
+) -> Scores:
+    final, _ = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(stage.folder.checkpoints))
     if final is None or final.step != step:
         raise InputError(f"{stage.folder.checkpoints}: the checkpoint of step {step} does not verify")
     parallel.on_rank_zero(
-        lambda: pretrained.save_pretrained(stage.folder.export, stage.recipe, checkpoint.assemble(final), tokenizer)
+        lambda: export.save_export(stage.folder.export, stage.recipe, checkpoint.assemble(final), tokenizer)
     )
     out = stage.folder.path / "evaluation" / "test"
     scores = _score(stage, tokenizer, final, "test", out, device)
@@ -197,18 +226,32 @@ def _score(
     device: torch.device,
 ) -> dict[str, Any]:
     """Score a checkpoint in a plain copy of the model, so that no ZeRO stage has a say in decoding."""
-    method = pretrained.build(stage.recipe, tokenizer)
-    pretrained.load_weights(method, checkpoint.assemble(committed), str(committed.folder))
+    method = export.build(stage.recipe, tokenizer)
+    export.load_weights(method, checkpoint.assemble(committed), str(committed.folder))
     index = open_index(Path(stage.recipe.data.shards), split)
     return evaluate_split(method.to(device).eval(), tokenizer, stage.recipe, index, out, device)
 
 
-def _tokenizer(recipe: config.Recipe) -> TextTokenizer:
-    if recipe.text.tokenizer != "corpus":
-        return load_tokenizer(recipe.text.tokenizer, max_tokens=recipe.text.max_tokens)
-    index = open_index(Path(recipe.data.shards), "train")
+def _tokenizer(stage: Stage) -> TextTokenizer:
+    """The one the run began with, or the recipe's."""
+    text = stage.recipe.text
+    if stage.folder.tokenizer.is_dir():
+        return load_tokenizer(stage.folder.tokenizer, max_tokens=text.max_tokens)
+    if text.tokenizer != "corpus":
+        return load_tokenizer(text.tokenizer, max_tokens=text.max_tokens)
+    index = open_index(Path(stage.recipe.data.shards), "train")
     languages = sorted({index.language(number) for number in range(len(index))})
-    return build_corpus_tokenizer(index.texts(), languages, recipe.text.vocabulary, max_tokens=recipe.text.max_tokens)
+    return build_corpus_tokenizer(index.texts(), languages, text.vocabulary, max_tokens=text.max_tokens)
+
+
+def _count_truncated(telemetry: Telemetry, tokenizer: TextTokenizer, index: Index) -> None:
+    if parallel.rank() == 0:
+        truncated = tokenizer.count_truncated(index.texts())
+        if truncated:
+            telemetry.say(
+                f"warning: {truncated} of {len(index)} training sentences are longer than text.max_tokens "
+                f"{tokenizer.max_tokens} and lose their end"
+            )
 
 
 def _introduce(
@@ -242,14 +285,12 @@ def _brief(scores: dict[str, Any]) -> str:
     return " ".join(f"{name} {value:.2f}" for name, value in scores.items() if isinstance(value, int | float))
 
 
-def _read_scores(folder: RunFolder) -> dict[str, Any]:
+def _read_scores(folder: RunFolder) -> Scores:
     return json.loads((folder.path / "evaluation" / "test" / "metrics.json").read_text())
 
 
 def _summarise(stages: list[Stage], scores: list[dict[str, Any]]) -> None:
     """summary.json of the last run - the scores of all stages side by side - and the table on the terminal."""
-    if parallel.rank() != 0:
-        return
     folder = stages[-1].folder.path
     seconds = {stage.recipe.name: stage.folder.status()["seconds"] for stage in stages}
     summary: dict[str, Any] = {}

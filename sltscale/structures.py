@@ -85,16 +85,6 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class VideoSample:
-    """One decoded clip: frames uint8 [T, 3, H, W] and the sentence it performs."""
-
-    id: str
-    frames: Tensor
-    text: str
-    language: str
-
-
-@dataclass(frozen=True)
 class VideoBatch:
     """One rank's share of a global batch: frames Ragged uint8 [N, 3, H, W], texts and languages in the same order."""
 

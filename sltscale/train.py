@@ -17,6 +17,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 
 from sltscale.errors import InputError
@@ -27,22 +28,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported here: the data workers import this file as their main module and need none of it.
     from sltscale import stages
     from sltscale.engine.deepspeed_engine import end_processes
+    from sltscale.engine.loop import NonFiniteLossError
     from sltscale.engine.signals import EXIT_STOPPED
 
-    is_first = os.environ.get("RANK", "0") == "0"
     try:
         stages.run(options.deepspeed, options.recipe, overrides, options.run)
     except InputError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _report(str(error))
         return 2
     except stages.StoppedError as stopped:
-        if is_first:
+        if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
+        return EXIT_STOPPED
+    except NonFiniteLossError as error:
+        _report(str(error))
+        return 1
+    except KeyboardInterrupt:  # outside of the training steps, where a signal is a request
         return EXIT_STOPPED
     finally:
         end_processes()
     return 0
+
+
+def _report(error: str) -> None:
+    """One line, from rank 0. Mostly all ranks find the same fault, and the launcher ends the others when rank 0 is
+    gone; another rank that is still there after a while was alone with it, and speaks."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        error = f"rank {rank}: {error}"
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -13,6 +13,7 @@ shards = "{shards}"
 frame_size = 32
 crop_size = 28
 sampling_rate = 0.25
+max_frames = 100
 global_batch = 8
 workers = 1
 

@@ -40,6 +40,9 @@ def main() -> int:
     except InputError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     for report in reports:
         print(report.summary())
         if report.rejected:

@@ -37,6 +37,9 @@ def main() -> int:
     except InputError as error:
         print(f"make_synthetic: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(f"{annotations}: {arguments.clips} clips in {time.monotonic() - begin:.0f} s")
     return 0
 

@@ -40,7 +40,7 @@ def ensure_synthetic_shards(settings: DataSettings) -> None:
             return
         print(f"{folder} is missing: drawing the synthetic corpus ({wanted.clips} clips) and packing it", flush=True)
         # Beside the shards, under a fixed name: an interrupted drawing or packing goes on where it was.
-        source = folder.parent / f".{folder.name}-source"
+        source = folder.parent / f".{folder.name}-{corpus}"
         annotations = source / ANNOTATIONS
         if not annotations.is_file():  # written last
             make_corpus(source, clips=wanted.clips, seed=wanted.seed, language=wanted.language)

@@ -27,7 +27,7 @@ def packing(clips: Sequence[Clip], frame_size: int, workers: int) -> Iterator[It
         yield (_pack(clip, frame_size) for clip in clips)
         return
     # Spawned, not forked: the caller may hold threads and locks of torch, which do not survive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
     try:
         yield _ahead(pool, clips, frame_size, workers * QUEUED_PER_WORKER)
     finally:
@@ -64,7 +64,7 @@ def _pack(clip: Clip, frame_size: int) -> PackedClip | str:
         return str(error)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it even if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -93,7 +93,8 @@ def make_shards(
     present = [split for split in SPLITS if split in found]
     missing = [split for split in splits if split not in present]
     if missing:
-        raise InputError(f"{annotations}: no clip of split {missing[0]!r}; found {', '.join(present) or 'none'}")
+        first = f"; {len(rejected)} rows rejected, the first: {rejected[0].reason}" if rejected else ""
+        raise InputError(f"{annotations}: no clip of split {missing[0]!r}; found {', '.join(present) or 'none'}{first}")
     reports = [
         write_shards(
             [clip for clip in clips if clip.split == split],
@@ -109,7 +110,10 @@ def make_shards(
         for split in (splits or present)
     ]
     if not any(report.packed for report in reports):
-        raise InputError(f"{annotations}: nothing could be packed; {'; '.join(r.summary() for r in reports)}")
+        first = f"; the first: line {rejected[0].line}, {rejected[0].reason}" if rejected else ""
+        raise InputError(
+            f"{annotations}: nothing could be packed; {'; '.join(r.summary() for r in reports) or 'no split'}{first}"
+        )
     return reports
 
 
@@ -314,14 +318,17 @@ def _part_path(out: Path, split: str, number: int) -> Path:
 
 
 def _read_part(out: Path, split: str, number: int) -> _Part | None:
-    """None if that shard is not finished, or its tar is gone or has another size."""
+    """None if that shard is not finished, its record is unreadable, or its tar is gone or has another size."""
     path = _part_path(out, split, number)
     if not path.exists():
         return None
-    part = json.loads(path.read_bytes())
     tuples = ("fps", "record", "crc32")
-    rows = [Row(**(row | {name: tuple(row[name]) for name in tuples})) for row in part["shard"]["rows"]]
-    shard = Shard(**(part["shard"] | {"rows": rows}))
+    try:
+        part = json.loads(path.read_bytes())
+        rows = [Row(**(row | {name: tuple(row[name]) for name in tuples})) for row in part["shard"]["rows"]]
+        shard = Shard(**(part["shard"] | {"rows": rows}))
+    except (ValueError, KeyError, TypeError):
+        return None
     tar = out / shard.name
     if rows and not (tar.is_file() and tar.stat().st_size == shard.bytes):
         return None

@@ -54,7 +54,7 @@ def stream(
     runs for a clip that cannot be read or is not the indexed one (clip and shard named).
     """
     plan.check_world_size(world_size)
-    _check_frame_size(index, settings)
+    check_frame_size(index, settings)
     shares = (
         _Share(step, plan.epoch_of(step), plan.share(step, rank, world_size).tolist())
         for step in range(first_step, last_step)
@@ -67,7 +67,7 @@ def evaluation_batches(index: Index, settings: DataSettings, batches: Sequence[S
 
     Raises InputError as ``stream`` does.
     """
-    _check_frame_size(index, settings)
+    check_frame_size(index, settings)
     shares = (_Share(step, 0, list(clips)) for step, clips in enumerate(batches))
     return (batch for _, batch in _batches(_Clips(index, settings, None), shares, len(batches)))
 
@@ -145,7 +145,7 @@ class _Clips(Dataset["_Packed | InputError"]):
         return _crop(frames, self.settings, rng)
 
 
-def _check_frame_size(index: Index, settings: DataSettings) -> None:
+def check_frame_size(index: Index, settings: DataSettings) -> None:
     if index.frame_size != settings.frame_size:
         raise InputError(
             f"{index.path} holds clips of {index.frame_size} pixels, but data.frame_size is {settings.frame_size}; "

@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from sltscale.data.packing import follow_parent
 from sltscale.data.synthetic_drawing import Painter, draw_signer
 from sltscale.data.synthetic_language import LANGUAGES, Language, Sentence, draw_sentence
 from sltscale.data.synthetic_signs import FORMS, perform, perform_sentences
@@ -85,7 +86,7 @@ def make_corpus(
     jobs = [(video, out / VIDEOS / f"{video.yid}.mp4") for video in videos]
     rows: list[Sequence[str]] = []
     with tqdm(total=clips, unit="clip", desc="drawing", disable=None if progress else True) as bar:
-        for video, spans in zip(videos, _drawn(jobs, workers or os.cpu_count() or 1), strict=True):
+        for video, spans in zip(videos, _drawn(jobs, workers or len(os.sched_getaffinity(0))), strict=True):
             rows += [
                 _row(video, sentence, *span, language) for sentence, span in zip(video.sentences, spans, strict=True)
             ]
@@ -174,7 +175,7 @@ def _drawn(jobs: Sequence[tuple[_Video, Path]], workers: int) -> Iterator[list[t
         return
     # spawn: forking a process that has imported torch or ffmpeg can deadlock
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=follow_parent) as pool:
         yield from pool.map(_draw_video, jobs, chunksize=2)
 
 

@@ -54,7 +54,7 @@ SHORTEST = 3  # one token, </s>, language code
 class TextTokenizer:
     """A transformers tokenizer in mBART's target layout.
 
-    max_tokens: longest encoded sentence, </s> and language code included. truncated: sentences cut to it so far.
+    max_tokens: longest encoded sentence, </s> and language code included.
     Raises InputError if the tokenizer has no padding or end token, or max_tokens leaves no room for text.
     """
 
@@ -67,7 +67,6 @@ class TextTokenizer:
             )
         self.backend = backend
         self.max_tokens = max_tokens
-        self.truncated = 0
         vocabulary = backend.get_vocab()
         self._languages = {language: vocabulary[code] for language, code in MBART_CODES.items() if code in vocabulary}
         self._special = {*backend.all_special_ids, *self._languages.values()}
@@ -105,7 +104,6 @@ class TextTokenizer:
         rows = []
         for text, language in zip(texts, languages, strict=True):
             tokens = self.backend.encode(text, add_special_tokens=False)
-            self.truncated += len(tokens) > self.max_tokens - 2
             rows.append([*tokens[: self.max_tokens - 2], self.eos_id, self.language_id(language)])
         input_ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -113,6 +111,10 @@ class TextTokenizer:
             input_ids[i, : len(row)] = torch.tensor(row)
             attention_mask[i, : len(row)] = 1
         return TextBatch(input_ids, attention_mask)
+
+    def count_truncated(self, texts: Iterable[str]) -> int:
+        """How many of the texts ``encode`` would cut."""
+        return sum(len(self.backend.encode(text, add_special_tokens=False)) > self.max_tokens - 2 for text in texts)
 
     def decode(self, ids: Sequence[Sequence[int]] | torch.Tensor) -> list[str]:
         """Text of each row without special ids (<unk> and language codes are such) and without space at its ends."""
@@ -191,7 +193,7 @@ def load_tokenizer(folder_or_name: Path | str, max_tokens: int = 128) -> TextTok
     """
     try:
         backend = AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare ones for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"tokenizer {str(folder_or_name)!r} cannot be loaded ({reason}); expected a folder with tokenizer.json "

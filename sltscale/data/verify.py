@@ -41,16 +41,11 @@ class Defect:
         return f"{self.shard}{where}: {self.reason}"
 
 
-def verify(index: Index, *, full: bool = True) -> list[Defect]:
-    """At most one Defect per shard, and one for the index itself. full=False compares only names and sizes."""
-    if full and not index.columns_intact():
+def verify(index: Index) -> list[Defect]:
+    """At most one Defect per shard, and one for the index itself."""
+    if not index.columns_intact():
         return [_index_defect(index)]
-    defects = []
-    for number in range(len(index.shards)):
-        defect = _compare(index, number) if full else _compare_size(index, number)
-        if defect:
-            defects.append(defect)
-    return defects
+    return [defect for number in range(len(index.shards)) if (defect := _compare(index, number))]
 
 
 def check_shards(index: Index, rank: int, world_size: int) -> None:

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltscale import parallel
 from sltscale.errors import InputError
 from sltscale.files import sync_folder, write_atomically
+from sltscale.methods.export import persistent_buffers
 
 FORMAT = 1
 WEIGHTS = "weights"
@@ -53,15 +54,13 @@ class Checkpoint:
 def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int) -> Checkpoint:
     """Write and commit the state after ``step`` optimizer steps; a collective. Keeps the newest ``keep``.
 
-    Raises InputError on every rank if any of them cannot write (no permission, disk full); older checkpoints stay.
+    Raises InputError on every rank if any of them cannot write (no permission, disk full) or holds numbers that are not
+    finite; older checkpoints stay.
     """
     from sltscale.engine import fragments
 
     staging = checkpoints / f"staging-{step:08d}"
-    if parallel.rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True, exist_ok=True)
-    parallel.barrier()
+    parallel.on_rank_zero(lambda: _fresh_folder(staging))
 
     optimizer = fragments.torch_optimizer(engine)
     tensors: dict[str, Tensor] = {}
@@ -76,49 +75,60 @@ def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int) -> Che
             else:
                 scalars.setdefault(fragment.name, {})[key] = float(value)
     if parallel.rank() == 0:
-        tensors |= {f"{BUFFERS}/{name}": buffer for name, buffer in _stored_buffers(engine.module).items()}
+        tensors |= {f"{BUFFERS}/{name}": buffer for name, buffer in persistent_buffers(engine.module).items()}
 
     name = f"rank-{parallel.rank():05d}.safetensors"
     report = _write(staging / name, tensors)
     reports = parallel.gather_objects({"name": name, "scalars": scalars, **report})
     failed = [r["error"] for r in reports if "error" in r]
     if failed:
-        if parallel.rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
         raise InputError(f"checkpoint of step {step} not written: {failed[0]}; earlier checkpoints are untouched")
-
-    shapes = fragments.parameter_shapes(engine)
     manifest = {
         "format": FORMAT,
         "step": step,
         "world_size": parallel.world_size(),
         "zero_stage": engine.zero_optimization_stage(),
-        "shapes": shapes,
+        "shapes": fragments.parameter_shapes(engine),
         "scalars": {parameter: values for r in reports for parameter, values in r["scalars"].items()},
         "files": {r["name"]: {"size": r["size"], "sha256": r["sha256"]} for r in reports},
     }
-    final = checkpoints / f"step-{step:08d}"
-    if parallel.rank() == 0:
-        write_atomically(staging / "MANIFEST.json", json.dumps(manifest, indent=1))
-        sync_folder(staging)
-        if final.exists():  # the same step of an earlier, interrupted attempt
-            shutil.rmtree(final)
-        staging.rename(final)
-        sync_folder(checkpoints)
-        for old in _folders(checkpoints)[:-keep]:
-            shutil.rmtree(old)
-    parallel.barrier()
-    return Checkpoint(final, manifest)
+    parallel.on_rank_zero(lambda: _commit(staging, checkpoints / f"step-{step:08d}", manifest, keep))
+    return Checkpoint(checkpoints / f"step-{step:08d}", manifest)
 
 
-def latest_checkpoint(checkpoints: Path, *, hashes: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one that does not."""
+def _fresh_folder(staging: Path) -> None:
+    for left_over in staging.parent.glob("staging-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _commit(staging: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+    write_atomically(staging / "MANIFEST.json", json.dumps(manifest, indent=1))
+    sync_folder(staging)
+    if final.exists():  # the same step of an earlier, interrupted attempt
+        shutil.rmtree(final)
+    staging.rename(final)
+    sync_folder(final.parent)
+    # Newer folders can only be damaged ones that this run has gone back behind.
+    for old in [folder for folder in _folders(final.parent) if folder.name <= final.name][:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and one line for each newer one that does not.
+
+    None if there is none at all; InputError if there are some and every one is damaged.
+    """
     complaints: list[str] = []
     for folder in reversed(_folders(checkpoints)):
         try:
-            return _verified(folder, hashes), complaints
+            return _verified(folder), complaints
         except InputError as error:
             complaints.append(str(error))
+    if complaints:
+        raise InputError(
+            f"{checkpoints}: no checkpoint is whole: {'; '.join(complaints)}; move the folder away to start anew"
+        )
     return None, complaints
 
 
@@ -141,7 +151,7 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
             pieces.read(key, fragment.name, fragment.start, fragment.view(state[key]))
         for key, value in checkpoint.manifest["scalars"].get(fragment.name, {}).items():
             state[key] = torch.tensor(value, dtype=torch.float32)
-    for name, buffer in _stored_buffers(engine.module).items():
+    for name, buffer in persistent_buffers(engine.module).items():
         buffer.copy_(pieces.buffer(name))
     fragments.publish_masters(engine)
 
@@ -196,18 +206,11 @@ class _Pieces:
             raise InputError(f"{self.folder}: holds {filled} of {out.numel()} elements of {key}/{name}")
 
 
-def _stored_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the state (running statistics), not constants."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, owner in module.named_modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-        if name not in owner._non_persistent_buffers_set
-    }
-
-
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Save and flush; {size, sha256} or {error}, so that a failing rank does not leave the others waiting."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        return {"error": f"{broken[0]} is not finite"}
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
         with path.open("rb") as file:
@@ -220,25 +223,26 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {"error": f"{path}: {error} ({need} bytes needed, {free} free)"}
 
 
-def _verified(folder: Path, hashes: bool) -> Checkpoint:
+def _verified(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint {folder.name}: no readable manifest ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"checkpoint {folder.name}: format {manifest.get('format')}, expected {FORMAT}; written by another version"
-        )
-    for name, expected in manifest["files"].items():
+        version, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {folder.name}: no readable manifest ({error!r})") from None
+    if version != FORMAT:
+        raise InputError(f"checkpoint {folder.name}: format {version}, expected {FORMAT}; written by another version")
+    for name, expected in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != expected["size"]:
             raise InputError(f"checkpoint {folder.name}: {name} has {size} bytes, expected {expected['size']}")
-        if hashes:
+        try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != expected["sha256"]:
-                raise InputError(f"checkpoint {folder.name}: {name} does not match its sha256")
+        except OSError as error:
+            raise InputError(f"checkpoint {folder.name}: {name} cannot be read ({error.strerror})") from None
+        if digest != expected["sha256"]:
+            raise InputError(f"checkpoint {folder.name}: {name} does not match its sha256")
     return Checkpoint(folder, manifest)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from sltscale.config import OptimSettings
+from sltscale.config import OptimSettings, nearest
 from sltscale.engine.optim import build_optimizer
 from sltscale.errors import InputError
 
@@ -36,22 +36,38 @@ OWNED_BY_RECIPE = {
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 
 
+ENGINE_KEYS = (
+    *("zero_optimization", "bf16", "communication_data_type", "wall_clock_breakdown", "memory_breakdown"),
+    *("comms_logger", "flops_profiler"),
+)
+
+
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The engine settings; InputError if the file is missing, no JSON, or sets what the recipe owns."""
+    """The engine settings; InputError if the file is missing, no JSON, or sets what the engine does not own."""
     if not path.is_file():
         raise InputError(f"DeepSpeed configuration {path} does not exist; see ds_configs/ for complete ones")
     try:
         settings = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"DeepSpeed configuration {path} holds no JSON object")
-    for key, owner in OWNED_BY_RECIPE.items():
-        if key in settings:
-            raise InputError(f"{path} sets {key}, which belongs to the recipe; remove it there and set {owner}")
-    if settings.get("fp16", {}).get("enabled"):
-        raise InputError(f"{path} enables fp16, which is not supported; enable bf16 or neither")
-    if settings.get("bf16", {}).get("enabled") and settings.get("zero_optimization", {}).get("stage", 0) == 0:
+    for key in settings:
+        if key in OWNED_BY_RECIPE:
+            raise InputError(
+                f"{path} sets {key}, which belongs to the recipe; remove it there and set {OWNED_BY_RECIPE[key]}"
+            )
+        if key not in ENGINE_KEYS:
+            raise InputError(f"{path} sets {key}; {nearest(key, ENGINE_KEYS)}")
+    zero, bf16 = settings.get("zero_optimization", {}), settings.get("bf16", {})
+    if not isinstance(zero, dict) or not isinstance(bf16, dict):
+        raise InputError(f"{path}: zero_optimization and bf16 must be JSON objects")
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise InputError(f"{path}: zero_optimization.stage is {zero['stage']!r}; expected 0, 1, 2 or 3")
+    offloads = [key for key in zero if key.startswith("offload")]
+    if offloads:
+        raise InputError(f"{path} sets zero_optimization.{offloads[0]}; offload is not supported")
+    if bf16.get("enabled") and zero.get("stage", 0) == 0:
         raise InputError(f"{path} enables bf16 at ZeRO stage 0, which keeps no fp32 weights; use stage 1, 2 or 3")
     return settings
 
@@ -71,13 +87,23 @@ def start_processes() -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        _join(accelerator)
+    except dist.DistNetworkError as error:
+        raise InputError(
+            f"no process group at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{str(error).splitlines()[0]}; if another job uses the port, give deepspeed --master_port N"
+        ) from None
+    return torch.device(accelerator.current_device_name())
+
+
+def _join(accelerator: Any) -> None:
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
         auto_mpi_discovery=False,
         timeout=PROCESS_GROUP_TIMEOUT,
         verbose=False,
     )
-    return torch.device(accelerator.current_device_name())
 
 
 def end_processes() -> None:

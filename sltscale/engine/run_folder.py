@@ -18,6 +18,7 @@ import platform
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +43,8 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def check(self, recipe: config.Recipe) -> None:
-        """InputError if the folder already holds a run of another configuration; nothing is written."""
+        """InputError if the folder is in use or holds a run of another configuration; nothing is written."""
+        self._check_lock()
         stored = self.stored_recipe()
         if stored is None:
             return
@@ -57,31 +59,54 @@ class RunFolder:
         path = self.path / "config.json"
         return config.recipe_from_json(path.read_text(), str(path)) if path.is_file() else None
 
-    def open(self, recipe: config.Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
-        """Create or reopen the folder, take its lock, record what runs (rank 0 only)."""
+    def open(
+        self, recipe: config.Recipe, deepspeed_json: dict[str, Any], data: dict[str, str], world_size: int
+    ) -> None:
+        """Create or reopen the folder, take its lock, record what runs (rank 0 only).
+
+        data: digest of each split's index. InputError if the folder is in use, cannot be written, or was begun with
+        other data.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            path = self.path / "data.json"
+            begun_with = json.loads(path.read_text()) if path.is_file() else data
+            if begun_with != data:
+                changed = ", ".join(split for split in data if begun_with.get(split) != data[split])
+                raise InputError(
+                    f"run folder {self.path} was begun with other shards in {recipe.data.shards} (changed: {changed}); "
+                    "choose another folder with --run"
+                )
+            write_atomically(path, json.dumps(data, indent=2) + "\n")
             write_atomically(self.path / "config.json", recipe.to_json())
             write_atomically(self.path / "deepspeed.json", json.dumps(deepspeed_json, indent=2) + "\n")
             self._record_attempt(world_size)
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be written: {error.strerror}") from None
 
+    def _check_lock(self) -> None:
+        """A look from any rank before work starts; shared, so that ranks do not take each other for owners."""
+        with suppress(FileNotFoundError, NotADirectoryError), (self.path / "lock").open() as lock:
+            self._flock(lock, fcntl.LOCK_SH)
+
     def _take_lock(self) -> None:
         lock = (self.path / "lock").open("a+")
+        self._flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def _flock(self, lock: IO[str], kind: int) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise InputError(
                 f"run folder {self.path} is in use by {lock.read().strip() or 'another process'}; "
                 "wait for it or choose another folder with --run"
             ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
-        lock.flush()
-        self._lock = lock
 
     def close(self) -> None:
         if self._lock is not None:
@@ -117,7 +142,7 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else {"state": "new", "seconds": 0.0}
 
     def set_status(self, state: str, *, step: int, seconds: float) -> None:
-        """state: running, stopped (by a signal) or finished; seconds: over all attempts."""
+        """state: running, stopped (by a signal), trained (not yet scored) or finished; seconds: over all attempts."""
         content = {"state": state, "step": step, "seconds": round(seconds, 3)}
         write_atomically(self.path / "STATUS.json", json.dumps(content) + "\n")
 
@@ -142,24 +167,19 @@ def _version(package: str) -> str:
 
 def _git_commit() -> str:
     """The commit of the source tree, with "+changes" if the tree differs from it; "none" outside a repository."""
-    folder = Path(__file__).parent
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
+        commit = _git("rev-parse", "HEAD")
+        return f"{commit}+changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
         return "none"
-    return f"{commit}+changes" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(  # noqa: S603
+        ["git", *arguments],  # noqa: S607
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    ).stdout.strip()

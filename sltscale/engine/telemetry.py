@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,9 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from sltscale.engine.global_loss import Totals
 from sltscale.engine.run_folder import RunFolder
+from sltscale.files import write_atomically
 
 
 class Telemetry:
@@ -36,11 +39,12 @@ class Telemetry:
             print(line, flush=True)
             print(line, file=self._log, flush=True)
 
-    def step(self, step: int, losses: dict[str, float], lr: float, *, clips: int, frames: int, waited: float) -> None:
-        """Note one optimizer step; losses are means over the global batch, waited the seconds spent on data."""
-        self.window.add(losses, clips, frames, waited)
+    def step(self, step: int, totals: Totals, lr: float, *, clips: int, waited: float) -> None:
+        """Note one optimizer step of ``clips`` clips; waited: the seconds spent on data."""
+        numbers = totals.losses | totals.metrics
+        self.window.add(numbers, clips, totals.frames, waited)
         if self._steps is not None:
-            record = {"step": step, **losses, "lr": lr, "clips": clips, "frames": frames}
+            record = {"step": step, **numbers, "lr": lr, "clips": clips, "frames": totals.frames}
             self._steps.write(json.dumps(record) + "\n")
 
     def report(self, step: int, epoch: int, lr: float) -> None:
@@ -48,7 +52,7 @@ class Telemetry:
         if self._board is None:
             return
         means, rates = self.window.close()
-        parts = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "loss")
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "loss" and "/" not in name)
         left = (self.total_steps - step) * rates["seconds_per_step"]
         self.say(
             f"{self.name} step {step}/{self.total_steps} epoch {epoch + 1} | loss {means['loss']:.4f} ({parts}) | "
@@ -58,6 +62,10 @@ class Telemetry:
         )
         for name, value in {**means, **rates, "lr": lr}.items():
             self._board.add_scalar(f"train/{name}", value, step)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave time that went into saving and scoring out of the rates."""
+        self.window.started += seconds
 
     def scalars(self, step: int, prefix: str, values: dict[str, Any]) -> None:
         if self._board is not None:
@@ -132,7 +140,7 @@ def draw_curves(steps: Path, picture: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in steps.read_text().splitlines()]
-    names = [name for name in records[-1] if name not in ("step", "lr", "clips", "frames")]
+    names = [name for name in records[-1] if name not in ("step", "lr", "clips", "frames") and "/" not in name]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     numbers = [record["step"] for record in records]
@@ -144,4 +152,6 @@ def draw_curves(steps: Path, picture: Path, title: str) -> None:
     rate.set_ylabel("learning rate (dotted)")
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    write_atomically(picture, content.getvalue())

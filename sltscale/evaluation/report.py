@@ -7,6 +7,7 @@ file is written beside its place and renamed, so that a killed run leaves the ol
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,17 @@ from sltscale.files import write_atomically
 LISTED = 5  # candidates named per clip and direction in rankings.tsv
 # An id like -Ab3_x may stay as it is: without operators, brackets or spaces it cannot be a formula worth the name.
 _PLAIN = re.compile(r"-?[\w.:-]*")
+
+
+def prepare(folder: Path, index: str, split: str) -> None:
+    """InputError before any decoding if ``folder`` cannot be written or holds scores of another split or index."""
+    _merged(folder, {"index": index, "split": split})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {folder}; choose a folder that can be written")
 
 
 def write_translation(
@@ -132,6 +144,11 @@ def _merged(folder: Path, scores: Mapping[str, Any]) -> str:
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path} is no JSON object; expected earlier metrics, move it away to write new ones")
+    for key in ("split", "index"):
+        if key in found and key in scores and found[key] != scores[key]:
+            raise InputError(
+                f"{path} holds scores of {key} {found[key]}, these are of {scores[key]}; choose another folder"
+            )
     return json.dumps({**found, **scores}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 

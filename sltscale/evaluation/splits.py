@@ -18,6 +18,7 @@ from sltscale.data.index import Index
 from sltscale.data.plan import evaluation_shares
 from sltscale.data.stream import evaluation_batches, load_video
 from sltscale.data.text import TextTokenizer
+from sltscale.errors import InputError
 from sltscale.evaluation import report, retrieval, translation
 from sltscale.methods.c2rl import C2RL
 from sltscale.methods.translation import Translation
@@ -36,8 +37,13 @@ def evaluate_split(
 ) -> Scores:
     """What the method is for: retrieval scores for C2RL, translation scores for translation; files under ``out``.
 
-    A collective; every rank returns the same scores.
+    A collective; every rank returns the same scores. InputError, before any decoding, if ``out`` cannot be written or
+    the split mixes languages.
     """
+    languages = sorted({index.language(number) for number in range(len(index))})
+    if len(languages) != 1:
+        raise InputError(f"{index.folder}, {index.split}: holds {', '.join(languages)}; scores are of one language")
+    parallel.on_rank_zero(lambda: report.prepare(out, index.digest, index.split))
     if isinstance(method, C2RL):
         return retrieve_split(method, tokenizer, recipe, index, out, device)
     if isinstance(method, Translation):
@@ -51,27 +57,23 @@ def translate_split(
     """Beam-search every clip; BLEU, chrF, ROUGE-L and BLEU against other clips' sentences."""
     settings = recipe.evaluation
     mine: dict[int, str] = {}
-    with torch.inference_mode():
-        for clips, batch in _my_batches(index, recipe, "translating"):
-            languages = torch.tensor([tokenizer.language_id(language) for language in batch.languages], device=device)
-            tokens = method.translate(
-                batch.to(device),
-                languages,
-                beams=settings.beams,
-                length_penalty=settings.length_penalty,
-                max_new_tokens=settings.max_new_tokens,
-            )
-            mine |= zip(clips, tokenizer.decode(tokens), strict=True)
+    for clips, batch in _my_batches(index, recipe, "translating"):
+        mine |= zip(clips, _translate(method, tokenizer, recipe, batch, device), strict=True)
     hypotheses_of = {clip: text for part in parallel.gather_objects(mine) for clip, text in part.items()}
     numbers = range(len(index))
     hypotheses = [hypotheses_of[number] for number in numbers]
     references = index.texts()
     language = index.language(0)
     scores: Scores = translation.score(hypotheses, references, language=language, convention=settings.convention)
-    scores["bleu4_shuffled"] = translation.score_shuffled(
-        hypotheses, references, language=language, convention=settings.convention, seed=recipe.seed
-    )
-    scores["clips"] = len(index)
+    if len(index) > 1:
+        scores["bleu4_shuffled"] = translation.score_shuffled(
+            hypotheses, references, language=language, convention=settings.convention, seed=recipe.seed
+        )
+    scores |= _provenance(index) | {
+        "beams": settings.beams,
+        "length_penalty": settings.length_penalty,
+        "max_new_tokens": settings.max_new_tokens,
+    }
     ids = [index.id(number) for number in numbers]
     parallel.on_rank_zero(lambda: report.write_translation(out, ids, hypotheses, references, scores))
     return scores
@@ -80,7 +82,10 @@ def translate_split(
 def retrieve_split(
     method: C2RL, tokenizer: TextTokenizer, recipe: Recipe, index: Index, out: Path, device: torch.device
 ) -> Scores:
-    """Similarity of every clip with every sentence; recall and ranks both ways."""
+    """Similarity of every clip with every sentence; recall and ranks both ways. Without the contrastive part (alpha 0)
+    there is no similarity, and only the number of clips is returned."""
+    if "contrastive" not in method.weights:
+        return _provenance(index)
     mine: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
         for clips, batch in _my_batches(index, recipe, "encoding"):
@@ -98,12 +103,11 @@ def retrieve_split(
                 *_pad([encoded[number][1] for number in numbers], device),
             )
         texts = index.texts()
-        scores: Scores = retrieval.score_both(similarity.cpu().numpy(), texts)
-        scores["clips"] = len(index)
+        scores: Scores = retrieval.score_both(similarity.cpu().numpy(), texts) | _provenance(index)
         report.write_retrieval(out, [index.id(number) for number in numbers], texts, similarity.cpu().numpy(), scores)
         return scores
 
-    return parallel.gather_objects(parallel.on_rank_zero(rank_all))[0]
+    return parallel.on_rank_zero(rank_all)
 
 
 def translate_files(
@@ -113,22 +117,37 @@ def translate_files(
     paths: Sequence[Path],
     language: str,
     device: torch.device,
-) -> Iterator[tuple[Path, str]]:
-    """(path, sentence) for each video file, in order, each as it is done."""
-    settings = recipe.evaluation
-    language_id = torch.tensor([tokenizer.language_id(language)], device=device)
+) -> Iterator[tuple[Path, str | InputError]]:
+    """(path, sentence) for each video file, in order, each as it is done; the fault in place of the sentence for a file
+    that cannot be read, and the others go on."""
+    tokenizer.language_id(language)  # an unknown one is refused for all
     for path in paths:
-        frames = load_video(path, recipe.data)
+        try:
+            frames = load_video(path, recipe.data)
+        except InputError as error:
+            yield path, error
+            continue
         batch = VideoBatch([path.name], Ragged.from_list([frames]), [""], [language])
-        with torch.inference_mode():
-            tokens = method.translate(
-                batch.to(device),
-                language_id,
-                beams=settings.beams,
-                length_penalty=settings.length_penalty,
-                max_new_tokens=settings.max_new_tokens,
-            )
-        yield path, tokenizer.decode(tokens)[0]
+        yield path, _translate(method, tokenizer, recipe, batch, device)[0]
+
+
+@torch.inference_mode()
+def _translate(
+    method: Translation, tokenizer: TextTokenizer, recipe: Recipe, batch: VideoBatch, device: torch.device
+) -> list[str]:
+    settings = recipe.evaluation
+    tokens = method.translate(
+        batch.to(device),
+        torch.tensor([tokenizer.language_id(language) for language in batch.languages], device=device),
+        beams=settings.beams,
+        length_penalty=settings.length_penalty,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    return tokenizer.decode(tokens)
+
+
+def _provenance(index: Index) -> Scores:
+    return {"clips": len(index), "split": index.split, "index": index.digest}
 
 
 def text_samples(out: Path, wanted: int) -> list[tuple[str, str, str]]:

@@ -82,7 +82,9 @@ class C2RL(Method):
     def _contrastive(self, video: Tensor, video_mask: Tensor, text: TextBatch) -> LossOutput:
         # Every rank computes the loss of the whole global batch, so loss_sum and count are both summed W times over the
         # ranks: the ratio stays the mean over the anchors, and gradients come out exact (see sltscale.parallel).
-        sentence, sentence_mask = parallel.gather(*self.encode_text(text))
+        sentence, sentence_mask = self.encode_text(text)
+        # Padding is zero on every rank, as the gather's own is: with mask_inner off it takes part in the softmax.
+        sentence, sentence_mask = parallel.gather(sentence * sentence_mask[..., None], sentence_mask)
         video, video_mask = parallel.gather(video, video_mask)
         scale: Tensor = self.logit_scale()
         loss = clcl_loss(*self._clcl(video, video_mask, sentence, sentence_mask, scale), mix=self.settings.mix)

@@ -113,6 +113,7 @@ def build_language_model(settings: LanguageModelSettings, vocabulary: Vocabulary
                 attention_dropout=settings.attention_dropout,
                 activation_function=settings.activation,
                 max_position_embeddings=settings.max_positions,
+                init_std=settings.init_std,
                 scale_embedding=True,
                 forced_eos_token_id=None,
                 attn_implementation="sdpa",

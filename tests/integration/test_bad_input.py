@@ -1,13 +1,13 @@
 """Bad input to training: one clear line, exit code 2, before time is spent, nothing lost."""
 
+import fcntl
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from launching import ROOT
+from launching import ROOT, Launcher
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ZERO2 = ROOT / "ds_configs/zero2.json"
@@ -65,8 +65,10 @@ def test_run_folder_that_cannot_be_written(command: Command, corpus, tmp_path: P
 
 
 def test_missing_shards_and_damaged_shards(command: Command, corpus, tmp_path: Path) -> None:
-    line = refusal(train(command, "--recipe", corpus.pretrain, "--data.shards", tmp_path / "none"))
-    assert "none" in line
+    run = tmp_path / "run"
+    line = refusal(train(command, "--recipe", corpus.pretrain, "--data.shards", tmp_path / "none", "--run", run))
+    assert "holds no index" in line
+    assert not run.exists()
     shards = tmp_path / "shards"
     shutil.copytree(corpus.shards, shards)
     tar = next(shards.glob("train-*.tar"))
@@ -107,11 +109,31 @@ def test_start_from_a_run_that_is_not_there(command: Command, corpus, tmp_path: 
     assert "absent" in refusal(done)
 
 
-@pytest.mark.parametrize("ranks", ["9"])
-def test_more_ranks_than_clips_in_a_batch(ranks: str, command: Command, corpus) -> None:
-    """Checked by the plan, which needs no processes to say so."""
-    from sltscale.data.plan import Plan
-    from sltscale.errors import InputError
+def test_a_rank_that_fails_says_so_through_the_launcher(corpus, launcher: Launcher, tmp_path: Path) -> None:
+    """One line, whichever of the ranks meets the fault first; the launcher passes the exit code on."""
+    arguments = ["--deepspeed", str(ZERO2), "--recipe", str(corpus.pretrain), "--run", str(tmp_path / "run")]
+    done = launcher.run(ROOT / "sltscale/train.py", [*arguments, "--optim.lr", "fast"], ranks=2)
+    assert done.returncode == 2
+    assert done.output.count("error: ") == 1
+    assert "optim.lr" in done.output
+    done = launcher.run(ROOT / "sltscale/train.py", [*arguments, "--data.global_batch", "1"], ranks=2)
+    assert done.returncode == 2
+    assert "error: 2 ranks, but the smallest global batch has 1 clips" in done.output
+    assert not (tmp_path / "run").exists()
 
-    with pytest.raises(InputError, match=f"{ranks} ranks"):
-        Plan([5] * 51, 0, 8).check_world_size(int(ranks))
+
+def test_a_second_start_on_a_run_folder_in_use(command: Command, corpus, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / "lock").open("w+") as lock:
+        lock.write("process 7 on that host\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = refusal(train(command, "--recipe", corpus.pretrain, "--run", run))
+    assert "in use by process 7 on that host" in line
+
+
+def test_lengths_that_no_model_position_could_hold(command: Command, corpus, tmp_path: Path) -> None:
+    for key in ("--data.max_frames", "--text.max_tokens", "--evaluation.max_new_tokens"):
+        line = refusal(command("-m", "sltscale.cli", "config", corpus.translate, key, "129"))
+        assert "max_positions 128" in line

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def arguments(corpus, run: Path) -> list[str]:
-    return ["--deepspeed", str(ZERO2), "--recipe", str(corpus.pretrain), "--run", str(run)]
+    return ["--deepspeed", str(ZERO2), "--recipe", str(corpus.pretrain), "--run", str(run), "--train.epochs", "8"]
 
 
 def losses(run: Path) -> dict[int, str]:
@@ -52,9 +52,9 @@ def exported(run: Path) -> bytes:
 
 
 def test_killed_in_the_middle_of_an_epoch(corpus, unbroken: Path, launcher: Launcher, tmp_path: Path) -> None:
-    """kill -9 to the launcher's process group, twice; 7 steps an epoch, a checkpoint every 4."""
+    """kill -9 to the launcher's process group, twice; 7 steps an epoch, a checkpoint every 4, 56 steps."""
     run = tmp_path / "run"
-    for until in (5, 10):
+    for until in (5, 17):
         process = launcher.start(TRAIN, arguments(corpus, run), 2, ROOT)
         wait_for(lambda until=until: (run / "steps.jsonl").is_file() and len(losses_so_far(run)) > until, process)
         kill_group(process)
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     shutil.copytree(unbroken, run)
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "evaluation")
-    (run / "STATUS.json").write_text(json.dumps({"state": "stopped", "step": 21, "seconds": 1.0}))
+    (run / "STATUS.json").write_text(json.dumps({"state": "stopped", "step": 56, "seconds": 1.0}))
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     damaged = newest / "rank-00000.safetensors"
     content = bytearray(damaged.read_bytes())

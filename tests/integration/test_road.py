@@ -67,7 +67,6 @@ def test_run_folder_tells_what_ran(run: Path) -> None:
 
 
 def test_translation_starts_from_the_pretrained_visual_encoder(run: Path) -> None:
-    """Its first steps come from other weights than a run without pretraining would have."""
     with safe_open(run.parent / "tiny_pretrain/export/model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if name.startswith("visual.")]  # noqa: SIM118
     with safe_open(run / "export/model.safetensors", framework="pt") as file:
@@ -118,10 +117,11 @@ def test_translate_files(run: Path, corpus, command: Command) -> None:
     done = command("-m", "sltscale.cli", "translate", "--run", run, *videos)
     assert done.returncode == 0, done.stderr
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(video) for video in videos]
-    refused = command("-m", "sltscale.cli", "translate", "--run", run, corpus.translate)
+    refused = command("-m", "sltscale.cli", "translate", "--run", run, corpus.translate, videos[0])
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert "translate.toml" in refused.stderr
+    assert refused.stdout == done.stdout.splitlines(keepends=True)[0]
 
 
 def test_commands_refuse_the_other_kind_of_run(run: Path, corpus, command: Command, tmp_path: Path) -> None:
@@ -152,3 +152,16 @@ def test_plain_webdataset_opens_the_tars(corpus) -> None:
         for sample in samples:
             assert sample["mp4"][4:8] == b"ftyp"
             assert json.loads(sample["json"])["text"] == sample["txt"].decode()
+
+
+def test_shards_verify_and_show(corpus, command: Command, tmp_path: Path) -> None:
+    done = command("-m", "sltscale.cli", "shards", "verify", corpus.shards)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("no defects") == 3
+    shown = command("-m", "sltscale.cli", "shards", "show", corpus.shards)
+    rows = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert len(rows) == 60
+    assert {"shard", "offset", "size", "frames", "fps", "text", "language", "split", "id", "sha256"} <= set(rows[0])
+    missing = command("-m", "sltscale.cli", "shards", "verify", tmp_path)
+    assert missing.returncode == 2
+    assert "holds no index" in missing.stderr

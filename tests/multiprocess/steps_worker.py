@@ -17,8 +17,9 @@ from sltscale.data.text import build_corpus_tokenizer
 from sltscale.engine import checkpoint, loop
 from sltscale.engine.deepspeed_engine import build_engine, end_processes, start_processes
 from sltscale.engine.run_folder import RunFolder
+from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
-from sltscale.methods import pretrained
+from sltscale.methods import export
 from sltscale.structures import Ragged, VideoBatch
 
 CLIPS = 24
@@ -52,7 +53,9 @@ def recipe_for(method: str, optimizer: str, dropout: float) -> config.Recipe:
         {
             "name": "tiny",
             "seed": 3,
-            "data": {"shards": "none", "frame_size": 16, "crop_size": 16, "global_batch": 8},
+            "data": {"shards": "none", "frame_size": 16, "crop_size": 16, "global_batch": 8, "max_frames": 32},
+            "text": {"max_tokens": 32},
+            "evaluation": {"max_new_tokens": 20},
             "method": methods[method],
             "optim": {
                 "name": optimizer,
@@ -100,7 +103,7 @@ def main() -> None:
         folder = RunFolder(options.out / f"zero{stage}")
         folder.path.mkdir(parents=True, exist_ok=True)
         settings = {"zero_optimization": {"stage": stage}}
-        engine = build_engine(pretrained.build(recipe, tokenizer).to(device), recipe.optim, settings)
+        engine = build_engine(export.build(recipe, tokenizer).to(device), recipe.optim, settings)
         first_step = 0
         if options.resume is not None:
             latest, complaints = checkpoint.latest_checkpoint(options.resume)
@@ -119,6 +122,8 @@ def main() -> None:
             telemetry=telemetry,
             first_step=first_step,
             device=device,
+            stop=StopRequest(),
+            seconds_before=0.0,
             evaluate=lambda committed: None,
         )
         checkpoint.save_checkpoint(engine, folder.checkpoints, last_step, keep=2)

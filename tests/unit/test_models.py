@@ -1,6 +1,8 @@
 """Shapes, lengths and padding of the model parts; loading of published layouts."""
 
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -77,6 +79,21 @@ def test_frame_encoder_normalises_by_imagenet() -> None:
     expected = encoder.resnet((frames.values / 255 - mean) / std).pooler_output.flatten(1)
     torch.testing.assert_close(encoder(frames).values, expected, rtol=1e-4, atol=1e-5)
     assert encoder.bfloat16()(frames).values.dtype == torch.bfloat16
+
+
+def test_narrow_frame_encoder_trains_at_full_resolution(command: Callable[..., CompletedProcess[str]]) -> None:
+    """In a process of its own: convolution kernels have crashed on such shapes."""
+    done = command(
+        "-c",
+        "import torch\n"
+        "from sltscale.config import ResNetSettings\n"
+        "from sltscale.models.frames import FrameEncoder\n"
+        "from sltscale.structures import Ragged\n"
+        "encoder = FrameEncoder(ResNetSettings(embedding_size=4, hidden_sizes=(4, 8), depths=(1, 1)))\n"
+        "frames = Ragged.from_lengths(torch.zeros(5, 3, 224, 224, dtype=torch.uint8), [5])\n"
+        "encoder(frames).values.sum().backward()\n",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_frame_encoder_with_uneven_stages_is_refused() -> None:

@@ -169,7 +169,7 @@ def test_training_draws_anew_each_epoch_and_without_augmentation_only_frames(ind
     first, second = longest(settings(), training=False)
     assert torch.equal(first, second)
     assert first.tolist() == decode_clip(clips[8])[[21 * i // 10 for i in range(10)], :, 4:28, 4:28].tolist()
-    first, second = longest(settings(augment="none", sampling_rate=1.0), training=True)
+    first, second = longest(settings(augment="off", sampling_rate=1.0), training=True)
     assert torch.equal(first, second)
     assert first.tolist() == decode_clip(clips[8])[:, :, 4:28, 4:28].tolist()
 

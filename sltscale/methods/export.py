@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class Exported:
     recipe: config.Recipe
     tokenizer: TextTokenizer
     method: Method
@@ -35,7 +35,7 @@ def build(recipe: config.Recipe, tokenizer: TextTokenizer) -> Method:
     return build_method(recipe.method, Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id))
 
 
-def save_pretrained(folder: Path, recipe: config.Recipe, weights: dict[str, Tensor], tokenizer: TextTokenizer) -> None:
+def save_export(folder: Path, recipe: config.Recipe, weights: dict[str, Tensor], tokenizer: TextTokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(recipe.to_json())
     tokenizer.save(folder / "tokenizer")
@@ -44,21 +44,28 @@ def save_pretrained(folder: Path, recipe: config.Recipe, weights: dict[str, Tens
     temporary.replace(folder / WEIGHTS)  # last: its presence means that the folder is complete
 
 
-def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> Pretrained:
+def load_export(folder: Path, device: torch.device | str = "cpu") -> Exported:
     """Model in evaluation mode; InputError if the folder is incomplete or the weights do not fit its configuration."""
     for name in ("config.json", "tokenizer", WEIGHTS):
         if not (folder / name).exists():
             raise InputError(f"{folder} holds no {name}; expected a folder written at the end of a training run")
     recipe = config.recipe_from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer"), max_tokens=recipe.text.max_tokens)
     method = build(recipe, tokenizer)
-    load_weights(method, load_file(folder / WEIGHTS), str(folder))
-    return Pretrained(recipe, tokenizer, method.to(device).eval())
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({error}); export the run again") from None
+    load_weights(method, weights, str(folder))
+    return Exported(recipe, tokenizer, method.to(device).eval())
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load every weight, none missing, none left over; InputError names the first that do not fit."""
-    own = module.state_dict()
+    """Load every weight, none missing, none left over; InputError names the first that do not fit.
+
+    Tied parameters stand in ``weights`` once, under the first of their names.
+    """
+    own = tensors(module)
     wrong = sorted(own.keys() ^ weights.keys()) or [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
         for name in sorted(own)
@@ -67,7 +74,24 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> N
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{where}: weights do not fit the model: {', '.join(wrong[:3])}{more}")
-    module.load_state_dict(weights)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and buffers that are state, by name."""
+    return dict(module.named_parameters()) | persistent_buffers(module)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are state (running statistics), by name; constants are left out."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, owner in module.named_modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name not in owner._non_persistent_buffers_set
+    }
 
 
 def transfer(method: Method, folder: Path, parts: tuple[str, ...]) -> None:
@@ -75,7 +99,11 @@ def transfer(method: Method, folder: Path, parts: tuple[str, ...]) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         raise InputError(f"start: {folder} holds no {WEIGHTS}; finish that run first")
-    with safe_open(path, framework="pt") as file:
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"start: {path} cannot be read ({error})") from None
+    with file:
         names = list(file.keys())
         for part in parts:
             prefix = f"{part}."
