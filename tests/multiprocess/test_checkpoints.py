@@ -83,7 +83,8 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(two_checkpoints: Path
     assert "rank-00001.safetensors has None bytes" in complaints[0]
     for path in (two_checkpoints / "step-00000001").glob("*.safetensors"):
         path.write_bytes(b"")
-    assert latest_checkpoint(two_checkpoints)[0] is None
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        latest_checkpoint(two_checkpoints)
 
 
 def test_incomplete_files_are_refused_by_parameter(two_checkpoints: Path) -> None:
