@@ -136,8 +136,8 @@ def _translate(
     method: Translation, tokenizer: TextTokenizer, recipe: Recipe, batch: VideoBatch, device: torch.device
 ) -> list[str]:
     settings = recipe.evaluation
-    tokens = method.translate(
-        batch.to(device),
+    tokens = method.generate(
+        batch.frames.to(device),
         torch.tensor([tokenizer.language_id(language) for language in batch.languages], device=device),
         beams=settings.beams,
         length_penalty=settings.length_penalty,

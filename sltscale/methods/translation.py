@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from sltscale.config import TranslationSettings
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Method, Vocabulary
@@ -24,12 +22,3 @@ class Translation(Translator, Method):
         decoder_ids, labels = teacher_forcing(text, self.vocabulary)
         logits = self.logits(batch.frames, decoder_ids)
         return {"lm": label_smoothed_cross_entropy(logits, labels, self.settings.label_smoothing)}
-
-    def translate(
-        self, batch: VideoBatch, language_ids: Tensor, *, beams: int, length_penalty: float, max_new_tokens: int
-    ) -> list[list[int]]:
-        """Token ids of the best sentence per clip, without special tokens; ``language_ids`` [B] are the token ids of
-        the language codes to write in. Call in eval mode."""
-        return self.generate(
-            batch.frames, language_ids, beams=beams, length_penalty=length_penalty, max_new_tokens=max_new_tokens
-        )

@@ -191,11 +191,10 @@ def test_translate_in_a_batch_equals_one_by_one() -> None:
         parameter.data.mul_(4)
     languages = torch.tensor([36, 37, 36])
     options = {"beams": 3, "length_penalty": 1.0, "max_new_tokens": 8}
-    together = method.translate(batch, languages, **options)
+    together = method.generate(batch.frames, languages, **options)
     alone = []
     for row, frames in enumerate(batch.frames.split()):
-        single = VideoBatch(["x"], Ragged.from_list([frames]), ["x"], ["de"])
-        alone += method.translate(single, languages[row : row + 1], **options)
+        alone += method.generate(Ragged.from_list([frames]), languages[row : row + 1], **options)
     assert together == alone
 
 
