@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sltscale import __version__, config
+from sltscale import __version__
 from sltscale.errors import InputError
+from sltscale.recipe_files import load_recipe
 
 if TYPE_CHECKING:
     from sltscale.data.index import Index
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def show_config(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    print(config.load_recipe(options.recipe, overrides).to_json(), end="")
+    print(load_recipe(options.recipe, overrides).to_json(), end="")
 
 
 def shards_verify(options: argparse.Namespace, _: Sequence[str]) -> int:

@@ -31,6 +31,7 @@ from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.files import write_atomically
 from sltscale.methods import export
+from sltscale.recipe_files import load_recipe
 
 Scores = dict[str, Any]
 
@@ -84,7 +85,7 @@ def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | N
 
     ``overrides`` tune the named recipe only. Raises InputError for recipes that start from each other.
     """
-    recipe = config.load_recipe(recipe_name, overrides)
+    recipe = load_recipe(recipe_name, overrides)
     path = run_folder or Path("runs") / recipe.name
     stages: list[Stage] = []
     seen: set[str] = set()
@@ -92,7 +93,7 @@ def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | N
         if recipe.name in seen:
             raise InputError(f"recipe {recipe.name} starts from itself by way of {', '.join(sorted(seen))}")
         seen.add(recipe.name)
-        earlier = config.load_recipe(recipe.start.recipe) if recipe.start and recipe.start.recipe else None
+        earlier = load_recipe(recipe.start.recipe) if recipe.start and recipe.start.recipe else None
         if earlier is not None:
             starts_from: Path | None = path.parent / earlier.name / "export"
         elif recipe.start is not None and recipe.start.run is not None:

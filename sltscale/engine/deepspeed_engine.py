@@ -21,9 +21,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from sltscale.config import OptimSettings, nearest
+from sltscale.config import OptimSettings
 from sltscale.engine.optim import build_optimizer
 from sltscale.errors import InputError
+from sltscale.recipe_files import nearest
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "data.global_batch",

@@ -25,6 +25,7 @@ from typing import IO, Any
 from sltscale import __version__, config
 from sltscale.errors import InputError
 from sltscale.files import write_atomically
+from sltscale.recipe_files import differences, recipe_from_json
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "av", "numpy", "safetensors", "sacrebleu")
 
@@ -48,7 +49,7 @@ class RunFolder:
         stored = self.stored_recipe()
         if stored is None:
             return
-        different = config.differences(stored, recipe)
+        different = differences(stored, recipe)
         if different:
             raise InputError(
                 f"run folder {self.path} holds a run with another configuration: {'; '.join(different)}; "
@@ -57,7 +58,7 @@ class RunFolder:
 
     def stored_recipe(self) -> config.Recipe | None:
         path = self.path / "config.json"
-        return config.recipe_from_json(path.read_text(), str(path)) if path.is_file() else None
+        return recipe_from_json(path.read_text(), str(path)) if path.is_file() else None
 
     def open(
         self, recipe: config.Recipe, deepspeed_json: dict[str, Any], data: dict[str, str], world_size: int

@@ -18,6 +18,7 @@ from sltscale import config
 from sltscale.data.text import TextTokenizer, load_tokenizer
 from sltscale.errors import InputError
 from sltscale.methods.base import Method, Vocabulary, build_method
+from sltscale.recipe_files import recipe_from_json
 
 WEIGHTS = "model.safetensors"
 
@@ -49,7 +50,7 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> Exported:
     for name in ("config.json", "tokenizer", WEIGHTS):
         if not (folder / name).exists():
             raise InputError(f"{folder} holds no {name}; expected a folder written at the end of a training run")
-    recipe = config.recipe_from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    recipe = recipe_from_json((folder / "config.json").read_text(), str(folder / "config.json"))
     tokenizer = load_tokenizer(str(folder / "tokenizer"), max_tokens=recipe.text.max_tokens)
     method = build(recipe, tokenizer)
     try:

@@ -11,6 +11,7 @@ import pytest
 import webdataset
 from launching import ROOT, Launcher
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN = ROOT / "sltscale/train.py"
@@ -64,6 +65,18 @@ def test_run_folder_tells_what_ran(run: Path) -> None:
         for word in ("clips/s", "frames/s", "data wait", "memory", "padding"):
             assert word in log
     assert (run / "evaluation/dev-epoch-0002/hypotheses.tsv").is_file()
+
+
+def test_tensorboard_holds_scalars_and_text_samples(run: Path) -> None:
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/lm", "train/clips_per_s", "train/data_wait", "dev/bleu4", "test/bleu4"} <= set(
+        tags["scalars"]
+    )
+    assert "dev/samples/text_summary" in tags["tensors"]
+    reported = {event.step for event in board.Scalars("train/loss")}
+    assert reported == {*range(2, 21, 2), 21}
 
 
 def test_translation_starts_from_the_pretrained_visual_encoder(run: Path) -> None:

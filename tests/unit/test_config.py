@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sltscale import config
-from sltscale.config import C2RLSettings, Recipe, TranslationSettings, differences, load_recipe, recipe_from_json
+from sltscale.config import C2RLSettings, Recipe, TranslationSettings
 from sltscale.errors import InputError
+from sltscale.recipe_files import differences, load_recipe, recipe_from_json, recipe_names
 
 MINIMAL = """
 name = "mine"
@@ -55,17 +55,17 @@ def test_minimal_recipe_and_its_defaults(write: Write) -> None:
     assert recipe.start is None and recipe.optim.clip_norm is None
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     if recipe.start is not None and recipe.start.recipe is not None:
-        assert recipe.start.recipe in config.recipe_names()
+        assert recipe.start.recipe in recipe_names()
 
 
 def test_there_are_shipped_recipes_and_bases_are_none() -> None:
-    assert "demo" in config.recipe_names()
-    assert not any(name.startswith("_") for name in config.recipe_names())
+    assert "demo" in recipe_names()
+    assert not any(name.startswith("_") for name in recipe_names())
 
 
 def test_settings_are_frozen(write: Write) -> None:
@@ -224,7 +224,7 @@ def test_a_recipe_may_be_named_like_its_missing_section(write: Write) -> None:
 
 def test_unknown_recipe_names_the_nearest() -> None:
     assert refusal("dmo").startswith("unknown recipe 'dmo'; did you mean demo")
-    every = ", ".join(config.recipe_names())
+    every = ", ".join(recipe_names())
     assert refusal("xyzzyxyzzy") == f"unknown recipe 'xyzzyxyzzy'; valid: {every}"
     assert "unknown recipe '../recipes/demo'" in refusal("../recipes/demo")
 
@@ -300,7 +300,7 @@ def test_differences_of_other_variants(write: Write) -> None:
 
 
 def test_config_imports_neither_torch_nor_deepspeed() -> None:
-    code = "import sys, sltscale.config as c; c.load_recipe(c.recipe_names()[0]); print(*sorted(sys.modules))"
+    code = "import sys, sltscale.recipe_files as c; c.load_recipe(c.recipe_names()[0]); print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     heavy = {"torch", "deepspeed", "transformers", "numpy", "av", "webdataset", "sacrebleu"}
     assert not heavy & set(loaded.stdout.split())

@@ -10,12 +10,13 @@ from sltscale import config
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer
 from sltscale.errors import InputError
 from sltscale.methods import export
+from sltscale.recipe_files import load_recipe
 
 
 @pytest.fixture
 def recipes(tmp_path: Path) -> dict[str, config.Recipe]:
     written = write_recipes(tmp_path, tmp_path / "shards")
-    return {name: config.load_recipe(str(getattr(written, name))) for name in ("pretrain", "translate")}
+    return {name: load_recipe(str(getattr(written, name))) for name in ("pretrain", "translate")}
 
 
 @pytest.fixture
