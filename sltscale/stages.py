@@ -34,6 +34,7 @@ from sltscale.methods import export
 from sltscale.recipe_files import load_recipe
 
 Scores = dict[str, Any]
+HEADLINES = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "t2v_recall@1", "v2t_recall@1", "t2v_recall@5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +283,8 @@ def _introduce(
         telemetry.say(f"{recipe.name}: going on from the checkpoint of step {first_step}")
 
 
-def _brief(scores: dict[str, Any]) -> str:
-    return " ".join(f"{name} {value:.2f}" for name, value in scores.items() if isinstance(value, int | float))
+def _brief(scores: Scores) -> str:
+    return ", ".join(f"{name} {scores[name]:.2f}" for name in HEADLINES if name in scores) or "no scores"
 
 
 def _read_scores(folder: RunFolder) -> Scores:
@@ -299,10 +300,9 @@ def _summarise(stages: list[Stage], scores: list[dict[str, Any]]) -> None:
         summary |= {name: value for name, value in values.items() if isinstance(value, int | float)}
     summary |= {"seconds": sum(seconds.values()), "stages": seconds}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    shown = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "t2v_recall@1", "v2t_recall@1", "t2v_recall@5")
-    rows = [["stage (test split)", *shown, "minutes"]]
+    rows = [["stage (test split)", *HEADLINES, "minutes"]]
     for stage, values in zip(stages, scores, strict=True):
-        cells = [f"{values[name]:.2f}" if name in values else "-" for name in shown]
+        cells = [f"{values[name]:.2f}" if name in values else "-" for name in HEADLINES]
         rows.append([stage.recipe.name, *cells, f"{seconds[stage.recipe.name] / 60:.1f}"])
     print(table(rows))
     print(f"run folder: {folder}", flush=True)
