@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     # Imported here: the data workers import this file as their main module and need none of it.
     from sltscale import stages
-    from sltscale.engine.deepspeed_engine import end_processes
     from sltscale.engine.loop import NonFiniteLossError
     from sltscale.engine.signals import EXIT_STOPPED
 
@@ -45,8 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # outside of the training steps, where a signal is a request
         return EXIT_STOPPED
-    finally:
-        end_processes()
     return 0
 
 
@@ -75,4 +72,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    from sltscale.engine.deepspeed_engine import leave
+
+    leave(exit_code)

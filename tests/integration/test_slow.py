@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -24,16 +25,25 @@ def test_the_demo_reaches_its_scores(launcher: Launcher, tmp_path: Path) -> None
 
 def test_twenty_kills_at_random_moments(corpus, launcher: Launcher, tmp_path: Path) -> None:
     arguments = ["--deepspeed", str(ZERO2), "--recipe", str(corpus.pretrain), "--train.epochs", "40"]
-    started = time.monotonic()
     launcher.check(TRAIN, [*arguments, "--run", str(tmp_path / "unbroken")], ranks=2, seconds=600)
-    seconds = time.monotonic() - started
     moments = random.Random(0)  # noqa: S311
     run = tmp_path / "killed"
     for _ in range(20):
         process = launcher.start(TRAIN, [*arguments, "--run", str(run)], 2, ROOT)
-        time.sleep(moments.uniform(0.1, 0.2) * seconds)
+        wait_for_a_step(process, run / "steps.jsonl")
+        time.sleep(moments.uniform(0, 1))  # a step takes 0.1 s, every fourth saves
         kill_group(process)
     output = launcher.check(TRAIN, [*arguments, "--run", str(run)], ranks=2, seconds=600)
     assert "going on from the checkpoint of step" in output  # the kills did not outlast the run
     for file in ("steps.jsonl", "export/model.safetensors"):
         assert (run / file).read_bytes() == (tmp_path / "unbroken" / file).read_bytes()
+
+
+def wait_for_a_step(process: subprocess.Popen[str], steps: Path) -> None:
+    """Until this start has taken a step of its own: it shortens the file first, then every step adds a line."""
+    started, size = time.time(), None
+    while size is None or steps.stat().st_size <= size:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+        if size is None and steps.is_file() and steps.stat().st_mtime >= started:
+            size = steps.stat().st_size

@@ -15,7 +15,7 @@ from sltscale import config, parallel
 from sltscale.data.plan import Plan
 from sltscale.data.text import build_corpus_tokenizer
 from sltscale.engine import checkpoint, loop
-from sltscale.engine.deepspeed_engine import build_engine, end_processes, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
@@ -129,7 +129,8 @@ def main() -> None:
         checkpoint.save_checkpoint(engine, folder.checkpoints, last_step, keep=2)
         telemetry.close()
         engine.destroy()
-    end_processes()
+    parallel.barrier()
+    leave(0)
 
 
 if __name__ == "__main__":
