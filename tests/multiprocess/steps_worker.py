@@ -26,7 +26,7 @@ CLIPS = 24
 WORDS = ("morgen", "kommt", "der", "regen", "die", "sonne", "geht", "heute", "nach", "hause", "gern", "wieder")
 
 
-def recipe_for(method: str, optimizer: str, dropout: float) -> config.Recipe:
+def recipe_for(method: str, optimizer: str, dropout: float, clip_norm: float | None) -> config.Recipe:
     tiny = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 32, "dropout": dropout, "max_positions": 32}
     visual = {
         "frames": {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]},
@@ -61,7 +61,7 @@ def recipe_for(method: str, optimizer: str, dropout: float) -> config.Recipe:
                 "name": optimizer,
                 "lr": 0.05 if optimizer == "sgd" else 1e-3,
                 "weight_decay": 0.01,
-                "clip_norm": 0.5,
+                "clip_norm": clip_norm,
                 "groups": [{"part": "visual", "lr": 0.02 if optimizer == "sgd" else 5e-4}],
             },
             "train": {"epochs": 4, "log_every": 1, "checkpoint_every": 1000},
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--method", default="c2rl")
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--clip_norm", type=float, help="no clipping if not given")
     parser.add_argument("--stages", default="0,1,2,3")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="checkpoint folder of an earlier call, for all stages")
@@ -96,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
 
     device = start_processes()
-    recipe = recipe_for(options.method, options.optimizer, options.dropout)
+    recipe = recipe_for(options.method, options.optimizer, options.dropout, options.clip_norm)
     plan = Plan([len(clip(number)[0]) for number in range(CLIPS)], recipe.seed, recipe.data.global_batch)
     tokenizer = build_corpus_tokenizer([clip(number)[1] for number in range(CLIPS)], ["de"], 60)
     for stage in map(int, options.stages.split(",")):

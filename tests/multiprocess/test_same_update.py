@@ -35,10 +35,14 @@ def assert_same_state(ours: dict[str, torch.Tensor], reference: dict[str, torch.
     assert len(changed) > 0.9 * len(reference)
 
 
-@pytest.mark.parametrize("method", ["c2rl", "translation"])
-def test_one_and_two_ranks_at_every_stage_take_the_same_step(method: str, launcher: Launcher, tmp_path: Path) -> None:
+# Without clipping a wrong factor shows (a clipped gradient has the same norm whatever its factor was); with it, that the
+# norm is taken over all ranks.
+@pytest.mark.parametrize(("method", "clipping"), [("c2rl", []), ("translation", []), ("c2rl", ["--clip_norm", "0.5"])])
+def test_one_and_two_ranks_at_every_stage_take_the_same_step(
+    method: str, clipping: list[str], launcher: Launcher, tmp_path: Path
+) -> None:
     for ranks in (1, 2):
-        arguments = ["--method", method, "--out", str(tmp_path / f"ranks{ranks}")]
+        arguments = ["--method", method, *clipping, "--out", str(tmp_path / f"ranks{ranks}")]
         launcher.check(WORKER, arguments, ranks=ranks)
     launcher.check(
         WORKER, ["--method", method, "--steps", "0", "--stages", "0", "--out", str(tmp_path / "start")], ranks=1
