@@ -35,8 +35,8 @@ def assert_same_state(ours: dict[str, torch.Tensor], reference: dict[str, torch.
     assert len(changed) > 0.9 * len(reference)
 
 
-# Without clipping a wrong factor shows (a clipped gradient has the same norm whatever its factor was); with it, that the
-# norm is taken over all ranks.
+# Without clipping a wrong factor shows (clipped, a gradient has the same norm whatever its factor was); with it, that
+# the norm is taken over all ranks.
 @pytest.mark.parametrize(("method", "clipping"), [("c2rl", []), ("translation", []), ("c2rl", ["--clip_norm", "0.5"])])
 def test_one_and_two_ranks_at_every_stage_take_the_same_step(
     method: str, clipping: list[str], launcher: Launcher, tmp_path: Path
