@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sltscale.data.corpora import CORPORA, SPLITS
+from sltscale.data.clips import SPLITS
+from sltscale.data.corpora import CORPORA
 from sltscale.errors import InputError
 
 

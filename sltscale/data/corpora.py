@@ -10,43 +10,14 @@ import csv
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from sltscale.data.clips import Clip, Rejected
 from sltscale.errors import InputError
 
-SPLITS = ("train", "dev", "test")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".gif", ".avi")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One sentence and where its video lies.
-
-    id: as in the corpus. path: source video. start, end: exact seconds in it (None = the file's beginning, end).
-    language: BCP-47. split: train, dev or test. line: of the annotation file.
-    """
-
-    id: str
-    path: Path
-    start: Fraction | None
-    end: Fraction | None
-    text: str
-    language: str
-    split: str
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A clip that is not packed. split: empty if the row does not say."""
-
-    id: str
-    line: int
-    reason: str
-    split: str = ""
 
 
 class _BadRow(Exception):

@@ -13,34 +13,36 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 
-from sltscale.data.corpora import Clip
-from sltscale.data.video import PackedClip, VideoError, pack_clip
+from sltscale.data.clips import Clip, Cutting
+from sltscale.data.cutting import pack_clip
+from sltscale.data.encoding import PackedClip
+from sltscale.data.video import VideoError
 from sltscale.errors import InputError
 
 QUEUED_PER_WORKER = 8
 
 
 @contextlib.contextmanager
-def packing(clips: Sequence[Clip], frame_size: int, workers: int) -> Iterator[Iterator[PackedClip | str]]:
+def packing(clips: Sequence[Clip], cutting: Cutting, workers: int) -> Iterator[Iterator[PackedClip | str]]:
     """Each clip packed, or the reason why not, in order."""
     if workers == 1 or len(clips) < 2:
-        yield (_pack(clip, frame_size) for clip in clips)
+        yield (_pack(clip, cutting) for clip in clips)
         return
     # Spawned, not forked: the caller may hold threads and locks of torch, which do not survive a fork.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
     try:
-        yield _ahead(pool, clips, frame_size, workers * QUEUED_PER_WORKER)
+        yield _ahead(pool, clips, cutting, workers * QUEUED_PER_WORKER)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _ahead(
-    pool: ProcessPoolExecutor, clips: Iterable[Clip], frame_size: int, queued: int
+    pool: ProcessPoolExecutor, clips: Iterable[Clip], cutting: Cutting, queued: int
 ) -> Iterator[PackedClip | str]:
     """Results in order, with a bounded number of clips under way so that finished ones do not pile up in memory."""
     pending: deque[tuple[Clip, Future[PackedClip | str]]] = deque()
     for clip in clips:
-        pending.append((clip, pool.submit(_pack, clip, frame_size)))
+        pending.append((clip, pool.submit(_pack, clip, cutting)))
         if len(pending) > queued:
             yield _result(*pending.popleft())
     while pending:
@@ -57,9 +59,9 @@ def _result(clip: Clip, future: Future[PackedClip | str]) -> PackedClip | str:
         ) from None
 
 
-def _pack(clip: Clip, frame_size: int) -> PackedClip | str:
+def _pack(clip: Clip, cutting: Cutting) -> PackedClip | str:
     try:
-        return pack_clip(clip.path, clip.start, clip.end, frame_size)
+        return pack_clip(clip, cutting)
     except VideoError as error:
         return str(error)
 

@@ -22,11 +22,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sltscale.data.corpora import SPLITS, Clip, Rejected, read_corpus
+from sltscale.data.clips import SPLITS, Clip, Cutting, Rejected
+from sltscale.data.corpora import read_corpus
+from sltscale.data.encoding import ENCODER, PackedClip
 from sltscale.data.index import BLOCK, Row, Shard, padded, record_crc32, write_index
 from sltscale.data.index import splits as packed_splits
 from sltscale.data.packing import packing
-from sltscale.data.video import ENCODER, PackedClip
 from sltscale.errors import InputError
 from sltscale.files import write_atomically
 
@@ -159,7 +160,7 @@ def write_shards(
                 tqdm(
                     total=len(clips), initial=done, desc=split, unit="clip", disable=None if progress else True
                 ) as bar,
-                packing([clips[i] for number in todo for i in parts[number]], frame_size, workers) as packed,
+                packing([clips[i] for number in todo for i in parts[number]], Cutting(frame_size), workers) as packed,
             ):
                 for number in todo:
                     todo_clips = [(clips[i], keys[i]) for i in parts[number]]

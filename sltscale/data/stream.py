@@ -25,9 +25,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sltscale.config import DataSettings
 from sltscale.data.augment import choose_frames, clip_generator, crop_corner, frames_after_sampling
+from sltscale.data.clips import Clip, Cutting
+from sltscale.data.cutting import pack_clip
 from sltscale.data.index import Index
 from sltscale.data.plan import Plan
-from sltscale.data.video import VideoError, decode_clip, pack_clip
+from sltscale.data.video import VideoError, decode_clip
 from sltscale.errors import InputError
 from sltscale.structures import Ragged, VideoBatch
 
@@ -78,7 +80,8 @@ def load_video(path: Path, settings: DataSettings) -> Tensor:
     Raises InputError if it cannot be read or is too long.
     """
     try:
-        packed = pack_clip(path, None, None, settings.frame_size)
+        clip = Clip(path.name, path, None, None, text="", language="", split="")
+        packed = pack_clip(clip, Cutting(settings.frame_size))
         frames = decode_clip(packed.data, choose_frames(packed.frames, settings))
     except VideoError as error:
         raise InputError(f"{path}: {error}") from None

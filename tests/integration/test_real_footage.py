@@ -15,10 +15,10 @@ from launching import ROOT, Launcher
 from tiny_recipes import write_recipes
 
 from sltscale.config import DataSettings
+from sltscale.data.cutting import source_frames
 from sltscale.data.index import open_index
 from sltscale.data.plan import Plan
 from sltscale.data.stream import stream
-from sltscale.data.video import source_frames
 
 VIDEOS = ROOT.parent / "shared/videos"
 pytestmark = [

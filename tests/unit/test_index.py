@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from source_videos import write_video
 
-from sltscale.data.corpora import Clip
+from sltscale.data.clips import Clip
 from sltscale.data.index import Index, Row, Shard, open_index, splits, write_index
 from sltscale.data.shards import write_shards
 from sltscale.data.verify import check_shards, verify

@@ -17,7 +17,12 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 DOORS = {
     "deepspeed": ("sltscale/engine/*.py",),
     "webdataset": ("sltscale/data/shards.py", "sltscale/data/stream.py"),
-    "av": ("sltscale/data/video.py", "sltscale/data/synthetic*.py"),
+    "av": (
+        "sltscale/data/video.py",
+        "sltscale/data/cutting.py",
+        "sltscale/data/encoding.py",
+        "sltscale/data/synthetic*.py",
+    ),
     "transformers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
     "tokenizers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
     "peft": ("sltscale/models/*.py",),

@@ -15,10 +15,11 @@ import torch
 
 from sltscale.config import DataSettings
 from sltscale.data.augment import choose_frames, clip_generator, crop_corner, frames_after_sampling
+from sltscale.data.encoding import SourceFrame, encode
 from sltscale.data.index import Index, Row, Shard, open_index, write_index
 from sltscale.data.plan import Plan, evaluation_shares
 from sltscale.data.stream import evaluation_batches, load_video, stream
-from sltscale.data.video import SourceFrame, decode_clip, encode
+from sltscale.data.video import decode_clip
 from sltscale.errors import InputError
 from sltscale.structures import VideoBatch
 

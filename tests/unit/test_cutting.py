@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from source_videos import bare_decode, real_video, write_video
 
-from sltscale.data import video
-from sltscale.data.video import VideoError, decode_clip, pack_clip, source_frames
+from sltscale.data import cutting, encoding
+from sltscale.data.clips import Clip, Cutting
+from sltscale.data.cutting import source_frames
+from sltscale.data.encoding import PackedClip
+from sltscale.data.video import VideoError, decode_clip
+
+
+def pack(path: Path, start: Fraction | None, end: Fraction | None, size: int) -> PackedClip:
+    clip = Clip("id", path, start, end, text="", language="de", split="train")
+    return cutting.pack_clip(clip, Cutting(size))
 
 
 def assert_cut_equals_full_decode(path: Path, start: Fraction | None, end: Fraction | None) -> None:
@@ -54,7 +62,7 @@ def test_seeking_may_land_on_the_start_or_too_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, structure: str, margin: int
 ) -> None:
     """As it does in files with a poor index; here by aiming at the start itself, or two seconds behind it."""
-    monkeypatch.setattr(video, "SEEK_MARGIN", Fraction(margin))
+    monkeypatch.setattr(cutting, "SEEK_MARGIN", Fraction(margin))
     path = write_video(tmp_path / "v.mp4", 120, **STRUCTURES[structure])
     for start in ("0.5", "0.96", "1.44", "2.2", "2.4", "3.9"):
         assert_cut_equals_full_decode(path, Fraction(start), Fraction(start) + Fraction("0.7"))
@@ -63,13 +71,13 @@ def test_seeking_may_land_on_the_start_or_too_late(
 def test_avi_with_b_frames_is_refused(tmp_path: Path) -> None:
     """The container stores no display times; what the decoder makes up runs backwards."""
     with pytest.raises(VideoError, match="backwards"):
-        pack_clip(write_video(tmp_path / "v.avi", 60, bf="3"), None, None, 64)
+        pack(write_video(tmp_path / "v.avi", 60, bf="3"), None, None, 64)
 
 
 def test_variable_rate_is_kept_in_the_stored_clip(tmp_path: Path) -> None:
     times = [number * 40 + (number % 3) * 7 for number in range(40)]
     path = write_video(tmp_path / "v.mkv", 40, times=times, time_base=Fraction(1, 1000))
-    packed = pack_clip(path, Fraction("0.2"), Fraction("1.2"), 64)
+    packed = pack(path, Fraction("0.2"), Fraction("1.2"), 64)
     kept = [time for time in times if 200 <= time < 1200]
     with av.open(io.BytesIO(packed.data)) as container:
         stored = [frame.pts * frame.time_base for frame in container.decode(video=0)]
@@ -80,7 +88,7 @@ def test_variable_rate_is_kept_in_the_stored_clip(tmp_path: Path) -> None:
 
 def test_fps_is_the_sources_own(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", 40, rate=Fraction(30000, 1001))
-    assert pack_clip(path, Fraction(1, 2), Fraction(1), 64).fps == Fraction(30000, 1001)
+    assert pack(path, Fraction(1, 2), Fraction(1), 64).fps == Fraction(30000, 1001)
 
 
 def rotate(path: Path, matrix: tuple[int, int, int, int]) -> None:
@@ -111,11 +119,11 @@ def test_span_errors_name_the_reason(tmp_path: Path) -> None:
         ("1.001", "1.002", "no frames"),
     ]:
         with pytest.raises(VideoError, match=reason):
-            pack_clip(path, Fraction(start), Fraction(end), 64)
+            pack(path, Fraction(start), Fraction(end), 64)
     with pytest.raises(VideoError, match="no frames from 2"):
-        pack_clip(path, Fraction(2), None, 64)
+        pack(path, Fraction(2), None, 64)
     # Annotations round to milliseconds: half a frame past the end is the end.
-    assert pack_clip(path, Fraction(1), Fraction("2.015"), 64).frames == 25
+    assert pack(path, Fraction(1), Fraction("2.015"), 64).frames == 25
 
 
 def write_audio(path: Path) -> None:
@@ -140,12 +148,12 @@ def test_unusable_files_are_video_errors(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(data)
         with pytest.raises(VideoError):
-            pack_clip(path, None, None, 64)
+            pack(path, None, None, 64)
     write_audio(tmp_path / "audio.mp4")
     with pytest.raises(VideoError, match="no video stream"):
-        pack_clip(tmp_path / "audio.mp4", None, None, 64)
+        pack(tmp_path / "audio.mp4", None, None, 64)
     with pytest.raises(VideoError, match="No such file"):
-        pack_clip(tmp_path / "missing.mp4", None, None, 64)
+        pack(tmp_path / "missing.mp4", None, None, 64)
 
 
 def test_whole_file_that_lost_its_tail(tmp_path: Path) -> None:
@@ -154,29 +162,29 @@ def test_whole_file_that_lost_its_tail(tmp_path: Path) -> None:
         cut = [packet.pos for packet in container.demux(video=0)][60]
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(VideoError, match=r"breaks off at 2\.400 s of 4\.000 s"):
-        pack_clip(path, None, None, 64)
-    assert pack_clip(path, Fraction(0), Fraction(1), 64).frames == 25
+        pack(path, None, None, 64)
+    assert pack(path, Fraction(0), Fraction(1), 64).frames == 25
 
 
 def test_too_large_and_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = write_video(tmp_path / "wide.mp4", 1, width=4112, height=16)
     with pytest.raises(VideoError, match="4112x16 pixels"):
-        pack_clip(wide, None, None, 64)
+        pack(wide, None, None, 64)
     long = write_video(tmp_path / "long.mp4", 50)
-    monkeypatch.setattr(video, "MAX_FRAMES", 49)
+    monkeypatch.setattr(cutting, "MAX_FRAMES", 49)
     with pytest.raises(VideoError, match="longer than"):
-        pack_clip(long, None, None, 64)
+        pack(long, None, None, 64)
 
 
 @pytest.mark.parametrize("size", [64, 112])
 def test_stored_bytes_are_the_same_every_time(tmp_path: Path, size: int) -> None:
     """At these sizes x264's mbtree gave two or three different files in ten."""
     frames = list(source_frames(write_video(tmp_path / "v.mp4", 60), size=size))
-    assert len({video.encode(frames).data for _ in range(10)}) == 1
+    assert len({encoding.encode(frames).data for _ in range(10)}) == 1
 
 
 def test_stored_clip_has_short_groups(tmp_path: Path) -> None:
-    packed = pack_clip(write_video(tmp_path / "v.mp4", 80), None, None, 64)
+    packed = pack(write_video(tmp_path / "v.mp4", 80), None, None, 64)
     with av.open(io.BytesIO(packed.data)) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.codec_context.pix_fmt) == (64, 64, "yuv420p")
@@ -186,7 +194,7 @@ def test_stored_clip_has_short_groups(tmp_path: Path) -> None:
 
 def test_decode_clip_gives_the_packed_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", 60, height=128, width=128, crf="5")
-    packed = pack_clip(path, None, None, 128)
+    packed = pack(path, None, None, 128)
     frames = decode_clip(packed.data)
     assert frames.shape == (60, 3, 128, 128) and frames.dtype == np.uint8 and frames.flags.c_contiguous
     source = np.stack([frame.rgb for frame in source_frames(path)]).transpose(0, 3, 1, 2)
@@ -200,7 +208,7 @@ def test_decode_clip_gives_the_packed_frames(tmp_path: Path) -> None:
 
 
 def test_decode_clip_refuses_what_it_cannot_give(tmp_path: Path) -> None:
-    packed = pack_clip(write_video(tmp_path / "v.mp4", 10), None, None, 64)
+    packed = pack(write_video(tmp_path / "v.mp4", 10), None, None, 64)
     with pytest.raises(VideoError, match="fewer frames"):
         decode_clip(packed.data, [0, 10])
     with pytest.raises(VideoError):
@@ -217,5 +225,5 @@ def test_real_footage(name: str, frames: int) -> None:
     assert_cut_equals_full_decode(path, None, None)
     assert_cut_equals_full_decode(path, Fraction("0.3"), Fraction("1.1"))
     assert_cut_equals_full_decode(path, Fraction("1.101"), Fraction("1.9"))
-    packed = pack_clip(path, None, None, 128)
+    packed = pack(path, None, None, 128)
     assert packed.frames == len(decode_clip(packed.data)) == frames
