@@ -14,7 +14,7 @@ from sltscale.errors import InputError
 from sltscale.recipe_files import load_recipe
 
 if TYPE_CHECKING:
-    from sltscale.data.index import Index
+    from sltscale.data.shards.index import Index
 
 # Heavy libraries are imported inside the commands that need them, so that the others answer at once.
 
@@ -24,8 +24,10 @@ def show_config(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def shards_verify(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from sltscale.data.verify import verify
+    from sltscale.data.shards.verify import verify, verify_folder
 
+    for line in verify_folder(options.folder):
+        print(line)
     defects = 0
     for index in _indexes(options.folder):
         found = verify(index)
@@ -42,8 +44,25 @@ def shards_show(options: argparse.Namespace, _: Sequence[str]) -> None:
             print(json.dumps(index.row(number), ensure_ascii=False))
 
 
-def _indexes(folder: Path) -> list[Index]:
-    from sltscale.data.index import open_index, splits
+def shards_merge(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sltscale.data.shards.merge import merge
+
+    folder = Path(options.folder)
+    for report in merge(folder):
+        print(report.summary())
+    print(f"written: {folder / 'report.html'}")
+
+
+def shards_report(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sltscale.data.shards.report import write_shard_report
+
+    folder = Path(options.folder)
+    write_shard_report(folder)
+    print(f"written: {folder / 'report.json'}, {folder / 'report.html'}")
+
+
+def _indexes(folder: str) -> list[Index]:
+    from sltscale.data.shards.index import open_index, splits
 
     names = splits(folder)
     if not names:
@@ -60,7 +79,8 @@ def retrieve(options: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, method: str) -> None:
-    from sltscale.data.index import open_index
+    from sltscale.data.batches.selection import Selection
+    from sltscale.data.shards.index import open_index
     from sltscale.engine.finished import default_device, load_run
     from sltscale.evaluation.report import table
     from sltscale.evaluation.splits import evaluate_split
@@ -71,8 +91,8 @@ def _evaluate(options: argparse.Namespace, method: str) -> None:
     if found != method:
         other = "retrieve" if found == "c2rl" else "evaluate"
         raise InputError(f"{options.run} is a {found} run, this command needs {method}; use sltscale {other}")
-    index = open_index(options.shards, options.split)
-    scores = evaluate_split(model.method, model.tokenizer, model.recipe, index, options.out, device)
+    clips = Selection([open_index(options.shards, options.split)])
+    scores = evaluate_split(model.method, model.tokenizer, model.recipe, clips, options.out, device)
     print(table([["metric", "value"]] + [[k, f"{v:.4f}"] for k, v in scores.items() if isinstance(v, int | float)]))
     print(f"written: {options.out}")
 
@@ -113,9 +133,12 @@ def parser() -> argparse.ArgumentParser:
     for name, work, text in (
         ("verify", shards_verify, "compare every byte with the index; names shard and first differing sample"),
         ("show", shards_show, "print the index, one JSON object a clip"),
+        ("merge", shards_merge, "index and reports of what tools/make_shards.py --part has packed"),
+        ("report", shards_report, "what is in the shards, as report.json and report.html in their folder"),
     ):
         command = shards.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, help="shards/NAME")
+        where = "shards/NAME" if name in ("merge", "report") else "shards/NAME, or its https:// or s3:// address"
+        command.add_argument("folder", help=where)
         command.set_defaults(work=work)
 
     for name, work, text in (
@@ -124,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--run", type=Path, required=True, help="run folder")
-        command.add_argument("--shards", type=Path, required=True, help="shards/NAME")
+        command.add_argument("--shards", required=True, help="shards/NAME, or its https:// or s3:// address")
         command.add_argument("--split", default="test")
         command.add_argument(
             "--out", type=Path, required=True, help="folder for metrics.json and the ranked or translated clips"

@@ -24,30 +24,62 @@ class SyntheticSettings(Settings):
     language: Literal["de", "en"] = "de"
 
 
+class MixSettings(Settings):
+    """A further corpus to train on. weight: how much more of it an epoch takes than its size alone would say."""
+
+    shards: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
 class DataSettings(Settings):
     """Which shards, and how a clip becomes frames.
 
-    shards: folder made by tools/make_shards.py, with splits train, dev and test.
-    frame_size: height and width that clips are packed at. crop_size: window that the model sees (random in
+    shards: folder made by tools/make_shards.py, with splits train, dev and test, or its https:// or s3:// address.
+    mix: corpora whose train splits are added; an epoch takes of each a share by weight x clips^(1 / temperature).
+    bad_data: what to do about clips that are not as they were indexed: stop before the first step, or skip them all,
+    as long as they are no more than the share max_bad_share of a split.
+    frame_size: height and width that clips are packed at. crop_size: even, window that the model sees (random in
     training, centre otherwise). sampling_rate: the share k of frames kept; one random frame of each of the
     int(k T) equal pieces in training, the first otherwise (C2RL section IV-B). max_frames: longest clip after
     sampling; longer ones are thinned evenly.
+
+    A global batch holds at most ``global_batch`` clips, or ``global_frames`` frames counted as if every clip were
+    padded to the longest, or both. bucket_window: clips of similar length go together, chosen from this many
+    consecutive ones of the epoch's order; 0 takes them as they come. batch_multiple: with global_frames, numbers of
+    clips are multiples of it, so that this many ranks get equal shares.
     """
 
     shards: str
+    mix: tuple[MixSettings, ...] = ()
+    temperature: Annotated[float, Field(ge=1)] = 1.0
+    bad_data: Literal["stop", "skip"] = "stop"
+    max_bad_share: Share = 0.01
     synthetic: SyntheticSettings | None = None
     frame_size: Positive
     crop_size: Positive
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_frames: Positive = 300
     augment: Literal["off", "light"] = "light"
-    global_batch: Positive
+    global_batch: Positive | None = None
+    global_frames: Positive | None = None
+    bucket_window: Annotated[int, Field(ge=0)] = 0
+    batch_multiple: Positive = 1
     workers: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _some_batch_rule(self) -> DataSettings:
+        if self.global_batch is None and self.global_frames is None:
+            raise ValueError("neither global_batch nor global_frames is set")
+        if self.global_frames is not None and not self.bucket_window:
+            raise ValueError("global_frames needs bucket_window, e.g. 4096: batches of mixed lengths would waste it")
+        return self
 
     @model_validator(mode="after")
     def _crop_fits(self) -> DataSettings:
         if self.crop_size > self.frame_size:
             raise ValueError(f"crop_size {self.crop_size} is larger than frame_size {self.frame_size}")
+        if self.crop_size % 2:
+            raise ValueError(f"crop_size {self.crop_size} is odd; stored clips hold one colour for 2 x 2 pixels")
         return self
 
 

@@ -8,8 +8,7 @@ the gathers found in the field in docs/engine.md.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -66,14 +65,14 @@ class _Gather(torch.autograd.Function):
         return total[dist.get_rank()]
 
 
-def gather(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def gather(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, slice]:
     """Every rank's sequences in rank order, differentiable; ranks may hold different numbers and lengths.
 
-    tensor [B, T, D] and mask [B, T] (1 = valid) of this rank -> ([sum B, max T, D], the same with the mask's dtype);
-    steps added to reach the longest T are zero and masked.
+    tensor [B, T, D] and mask [B, T] (1 = valid) of this rank -> ([sum B, max T, D], the same with the mask's dtype,
+    where this rank's own rows are among them); steps added to reach the longest T are zero and masked.
     """
     if not is_distributed():
-        return tensor, mask
+        return tensor, mask, slice(0, len(tensor))
     shape = torch.tensor(tensor.shape[:2], device=tensor.device)
     shapes = [torch.empty_like(shape) for _ in range(world_size())]
     dist.all_gather(shapes, shape)
@@ -82,9 +81,11 @@ def gather(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     missing = (0, steps - tensor.shape[1], 0, rows - tensor.shape[0])
     every_tensor = _Gather.apply(torch.nn.functional.pad(tensor, (0, 0, *missing)))
     every_mask = _Gather.apply(torch.nn.functional.pad(mask, missing))
+    before = sum(counts[: rank()])
     return (
         torch.cat([every_tensor[r, :count] for r, count in enumerate(counts)]),
         torch.cat([every_mask[r, :count] for r, count in enumerate(counts)]),
+        slice(before, before + len(tensor)),
     )
 
 
@@ -121,18 +122,3 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 def barrier() -> None:
     if is_distributed():
         dist.barrier()
-
-
-def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal items to ranks so that the ranks' sums of ``lengths`` come out close: longest first, to the lightest rank.
-
-    Returns one list of positions into ``lengths`` per rank, each ascending. Deterministic; every rank gets at least one
-    item when there are enough (empty ranks are the lightest).
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    heap = [(0, 0, r) for r in range(ranks)]
-    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, items, r = heapq.heappop(heap)
-        shares[r].append(position)
-        heapq.heappush(heap, (load + lengths[position], items + 1, r))
-    return [sorted(share) for share in shares]

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from sltscale import config, parallel
-from sltscale.data.augment import frames_after_sampling
-from sltscale.data.demo import ensure_synthetic_shards
-from sltscale.data.index import Index, open_index
-from sltscale.data.plan import Plan
-from sltscale.data.stream import check_frame_size, stream
+from sltscale.data.batches.augment import frames_after_sampling
+from sltscale.data.batches.batching import BatchRule
+from sltscale.data.batches.plan import Plan
+from sltscale.data.batches.selection import Selection
+from sltscale.data.batches.splits import open_splits, training_parts
+from sltscale.data.batches.stream import check_frame_size, stream
+from sltscale.data.synthetic.demo import ensure_synthetic_shards
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
-from sltscale.data.verify import check_shards
 from sltscale.engine import checkpoint, loop
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, read_deepspeed_json, start_processes
@@ -122,43 +123,48 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
         return _read_scores(folder)
 
     # All that can be refused is, before the folder is touched.
-    indexes = {split: open_index(Path(recipe.data.shards), split) for split in ("train", "dev", "test")}
-    for index in indexes.values():
-        check_frame_size(index, recipe.data)
-        check_shards(index, parallel.rank(), parallel.world_size())
-    tokenizer = _tokenizer(stage)
-    plan = Plan(frames_after_sampling(indexes["train"].frames, recipe.data), recipe.seed, recipe.data.global_batch)
-    plan.check_world_size(parallel.world_size())
+    known = parallel.on_rank_zero(folder.bad_clips)
+    splits, damaged = open_splits(recipe.data, known)
+    for clips in splits.values():
+        check_frame_size(clips, recipe.data)
+    tokenizer = _tokenizer(stage, splits["train"])
+    plan = _training_plan(recipe, splits["train"])
+    plan.check_world_size(parallel.world_size(), recipe.train.epochs)
     total_steps = plan.steps(recipe.train.epochs)
     method = export.build(recipe, tokenizer)
     if stage.starts_from is not None and recipe.start is not None:
         export.transfer(method, stage.starts_from, recipe.start.parts)
     engine = build_engine(method.to(device), recipe.optim, deepspeed_json)
 
-    digests = {split: index.digest for split, index in indexes.items()}
+    digests = {split: clips.digest for split, clips in splits.items()}
     parallel.on_rank_zero(lambda: folder.open(recipe, deepspeed_json, digests, parallel.world_size()))
+    parallel.on_rank_zero(lambda: folder.record_bad_clips(damaged))
     parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
     latest, complaints = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(folder.checkpoints))
     first_step = 0
     if latest is not None:
         checkpoint.restore(engine, latest)
         first_step = latest.step
+        if plan.step_at(latest.manifest["data"]) != first_step:
+            raise InputError(f"{latest.folder}: its place in the data is not that of step {first_step}")
     telemetry = Telemetry(recipe.name, folder if parallel.rank() == 0 else None, first_step, total_steps)
     for complaint in complaints:
         telemetry.say(f"warning: {complaint}; going on from an earlier one")
     _introduce(stage, telemetry, method, plan, first_step, deepspeed_json)
-    _count_truncated(telemetry, tokenizer, indexes["train"])
+    _count_truncated(telemetry, tokenizer, splits["train"])
+    if damaged:
+        telemetry.say(f"warning: {len(damaged)} damaged clips are left out, see {folder.path / 'bad_clips.jsonl'}")
 
     def evaluate(committed: checkpoint.Checkpoint) -> None:
-        epoch = committed.step // plan.batches_per_epoch
+        epoch = plan.epoch_of(committed.step)
         out = folder.path / "evaluation" / f"dev-epoch-{epoch:04d}"
-        scores = _score(stage, tokenizer, committed, "dev", out, device)
+        scores = _score(stage, tokenizer, committed, splits["dev"], out, device)
         telemetry.scalars(committed.step, "dev", scores)
         telemetry.samples(committed.step, text_samples(out, recipe.evaluation.samples))
         telemetry.say(f"{recipe.name} dev after epoch {epoch}: {_brief(scores)}")
 
     batches = stream(
-        indexes["train"],
+        splits["train"],
         plan,
         recipe.data,
         seed=recipe.seed,
@@ -193,7 +199,7 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
     if parallel.rank() == 0:
         folder.set_status("trained", step=step, seconds=seconds)
     engine.destroy()
-    scores = _export_and_score(stage, tokenizer, telemetry, step, device)
+    scores = _export_and_score(stage, tokenizer, splits["test"], telemetry, step, device)
     if parallel.rank() == 0:
         seconds = status["seconds"] + time.perf_counter() - began
         folder.set_status("finished", step=step, seconds=seconds)
@@ -204,7 +210,7 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
 
 
 def _export_and_score(
-    stage: Stage, tokenizer: TextTokenizer, telemetry: Telemetry, step: int, device: torch.device
+    stage: Stage, tokenizer: TextTokenizer, test: Selection, telemetry: Telemetry, step: int, device: torch.device
 ) -> Scores:
     final, _ = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(stage.folder.checkpoints))
     if final is None or final.step != step:
@@ -213,7 +219,7 @@ def _export_and_score(
         lambda: export.save_export(stage.folder.export, stage.recipe, checkpoint.assemble(final), tokenizer)
     )
     out = stage.folder.path / "evaluation" / "test"
-    scores = _score(stage, tokenizer, final, "test", out, device)
+    scores = _score(stage, tokenizer, final, test, out, device)
     telemetry.scalars(step, "test", scores)
     telemetry.say(f"{stage.recipe.name} test: {_brief(scores)}")
     return scores
@@ -223,35 +229,37 @@ def _score(
     stage: Stage,
     tokenizer: TextTokenizer,
     committed: checkpoint.Checkpoint,
-    split: str,
+    clips: Selection,
     out: Path,
     device: torch.device,
 ) -> dict[str, Any]:
     """Score a checkpoint in a plain copy of the model, so that no ZeRO stage has a say in decoding."""
     method = export.build(stage.recipe, tokenizer)
     export.load_weights(method, checkpoint.assemble(committed), str(committed.folder))
-    index = open_index(Path(stage.recipe.data.shards), split)
-    return evaluate_split(method.to(device).eval(), tokenizer, stage.recipe, index, out, device)
+    return evaluate_split(method.to(device).eval(), tokenizer, stage.recipe, clips, out, device)
 
 
-def _tokenizer(stage: Stage) -> TextTokenizer:
+def _training_plan(recipe: config.Recipe, train: Selection) -> Plan:
+    lengths = frames_after_sampling(train.frames, recipe.data)
+    return Plan(lengths, recipe.seed, BatchRule.of(recipe.data), parts=training_parts(recipe.data, train))
+
+
+def _tokenizer(stage: Stage, train: Selection) -> TextTokenizer:
     """The one the run began with, or the recipe's."""
     text = stage.recipe.text
     if stage.folder.tokenizer.is_dir():
         return load_tokenizer(stage.folder.tokenizer, max_tokens=text.max_tokens)
     if text.tokenizer != "corpus":
         return load_tokenizer(text.tokenizer, max_tokens=text.max_tokens)
-    index = open_index(Path(stage.recipe.data.shards), "train")
-    languages = sorted({index.language(number) for number in range(len(index))})
-    return build_corpus_tokenizer(index.texts(), languages, text.vocabulary, max_tokens=text.max_tokens)
+    return build_corpus_tokenizer(train.texts(), train.languages(), text.vocabulary, max_tokens=text.max_tokens)
 
 
-def _count_truncated(telemetry: Telemetry, tokenizer: TextTokenizer, index: Index) -> None:
+def _count_truncated(telemetry: Telemetry, tokenizer: TextTokenizer, train: Selection) -> None:
     if parallel.rank() == 0:
-        truncated = tokenizer.count_truncated(index.texts())
+        truncated = tokenizer.count_truncated(train.texts())
         if truncated:
             telemetry.say(
-                f"warning: {truncated} of {len(index)} training sentences are longer than text.max_tokens "
+                f"warning: {truncated} of {len(train)} training sentences are longer than text.max_tokens "
                 f"{tokenizer.max_tokens} and lose their end"
             )
 
@@ -270,8 +278,8 @@ def _introduce(
     shapes = [getattr(p, "ds_numel", p.numel()) for p in method.parameters()]
     telemetry.say(
         f"{recipe.name}: {recipe.method.name}, {sum(shapes) / 1e6:.2f} M parameters, "
-        f"{len(plan.lengths)} clips, {plan.batches_per_epoch} steps of {recipe.data.global_batch} clips an epoch, "
-        f"{recipe.train.epochs} epochs; {ranks} ranks, ZeRO {stage_number}"
+        f"{len(plan.lengths)} clips, {recipe.train.epochs} epochs, {plan.steps(recipe.train.epochs)} steps of about "
+        f"{plan.clips_per_epoch / plan.steps(1):.0f} clips; {ranks} ranks, ZeRO {stage_number}"
     )
     telemetry.say(
         f"{recipe.name}: padding {100 * waste.padding:.1f} % if padded, "

@@ -86,7 +86,12 @@ class Ragged:
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """One rank's share of a global batch: frames Ragged uint8 [N, 3, H, W], texts and languages in the same order."""
+    """One rank's share of a global batch: frames, texts and languages in the same order.
+
+    frames: Ragged uint8 [N, 3 H / 2, W], as clips are stored (YUV 4:2:0, ITU-R BT.601, limited range): H rows of Y,
+    then U and V at half the height and width, one behind the other. They become RGB on the device, in the frame
+    encoder.
+    """
 
     ids: list[str]
     frames: Ragged

@@ -67,8 +67,14 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="engine settings, ds_configs/")
     parser.add_argument("--recipe", default="demo", help="name or TOML file (default: demo)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/RECIPE)")
+    parser.add_argument(
+        "--bad-data", choices=("stop", "skip"), help="about damaged clips; short for --data.bad_data (default: stop)"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    return parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    if options.bad_data is not None:
+        overrides += ["--data.bad_data", options.bad_data]
+    return options, overrides
 
 
 if __name__ == "__main__":

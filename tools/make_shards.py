@@ -4,51 +4,100 @@ from __future__ import annotations
 
 import argparse
 import sys
+from fractions import Fraction
 from pathlib import Path
 
-from sltscale.data.clips import SPLITS
+from sltscale.data.clips import SPLITS, Cutting
 from sltscale.data.corpora import CORPORA
 from sltscale.errors import InputError
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Pack a corpus into WebDataset shards with an index (docs/data.md).")
-    parser.add_argument("--corpus", required=True, help=f"one of {', '.join(CORPORA)}")
-    parser.add_argument("--annotations", required=True, type=Path, help="the corpus's annotation file")
-    parser.add_argument("--videos", required=True, type=Path, help="folder of the source videos")
-    parser.add_argument("--out", required=True, type=Path, help="folder for tars, indexes and reports")
-    parser.add_argument("--split", choices=SPLITS, help="pack only this split (default: all that the file has)")
-    parser.add_argument("--frame-size", type=int, default=256, help="height and width in pixels (default 256)")
-    parser.add_argument("--language", default="en", help="of the text, BCP-47 (default en)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per CPU)")
-    parser.add_argument("--clips-per-shard", type=int, default=500, help="(default 500)")
-    arguments = parser.parse_args()
-    # Here, because worker processes import this file too and need none of it.
-    from sltscale.data.shards import make_shards
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(description="Pack a corpus into WebDataset shards with an index (docs/data.md).")
+    add = main.add_argument
+    add("--corpus", required=True, help=f"one of {', '.join(CORPORA)} (docs/corpora.md)")
+    add("--annotations", required=True, type=Path, nargs="+", metavar="FILE", help="the corpus's annotation files")
+    add("--videos", type=Path, metavar="DIR", help="folder of the source videos, or of folders of frames")
+    add("--captions", type=Path, metavar="DIR", help="folder of caption files (youtube_asl)")
+    add("--split", choices=SPLITS, help="pack only this split; also that of annotations that name none")
+    add("--language", help="of the text, BCP-47 (default: the corpus's)")
+    add("--out", type=Path, metavar="DIR", help="folder for tars, indexes and reports")
+    add("--frame-size", type=int, default=256, help="height and width in pixels (default 256)")
+    add("--fps", type=_fraction, help="frames per second to keep at most, as 25 or 30000/1001 (default: all)")
+    add("--aspect", default="squash", help="squash to the square, or keep and fill with black (default squash)")
+    add("--crop", type=_box, metavar="L,T,R,B", help="shares of width and height, for clips without a crop box")
+    add("--margin", type=float, default=0.0, help="by which a clip's crop box is grown, as a share (default 0)")
+    add("--preset", default="h264", help="of the encoder: h264, hevc, av1 or jpeg (docs/cutting.md)")
+    add("--workers", type=int, help="processes (default: one per CPU)")
+    add("--clips-per-shard", type=int, default=500, help="(default 500)")
+    add("--part", type=_part, metavar="I/N", help="only every N-th shard from I on; then: sltscale shards merge DIR")
+    add("--dry-run", action="store_true", help="say what would be packed, from the annotations alone, and end")
+    return main
 
+
+def main() -> int:
+    options = parser().parse_args()
     try:
-        reports = make_shards(
-            arguments.corpus,
-            arguments.annotations,
-            arguments.videos,
-            arguments.out,
-            splits=[arguments.split] if arguments.split else [],
-            frame_size=arguments.frame_size,
-            language=arguments.language,
-            workers=arguments.workers,
-            clips_per_shard=arguments.clips_per_shard,
-        )
+        return run(options)
     except InputError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    # Here, because worker processes import this file too and need none of it.
+    from sltscale.data.shards.forecast import dry_run
+    from sltscale.data.shards.writing import make_shards
+
+    size, fps, aspect = options.frame_size, options.fps, options.aspect
+    cutting = Cutting(size, fps, aspect, margin=options.margin, preset=options.preset, crop=options.crop)
+    reading = {"captions": options.captions, "split": options.split, "language": options.language}
+    if options.dry_run:
+        for line in dry_run(options.corpus, options.annotations, options.videos, cutting=cutting, **reading):
+            print(line)
+        return 0
+    if options.videos is None or options.out is None:
+        raise InputError("--videos and --out are needed, except with --dry-run")
+    reports = make_shards(
+        options.corpus,
+        options.annotations,
+        options.videos,
+        options.out,
+        cutting=cutting,
+        workers=options.workers,
+        clips_per_shard=options.clips_per_shard,
+        part=options.part,
+        **reading,
+    )
     for report in reports:
         print(report.summary())
-        if report.rejected:
-            print(f"  rejected clips by id and reason: {arguments.out / f'{report.split}.report.json'}")
+    if options.part:
+        print(
+            f"part {options.part[0]} of 0 to {options.part[1] - 1} is packed; then: sltscale shards merge {options.out}"
+        )
+    else:
+        print(f"rejected clips by id, texts, durations and pictures to look at: {options.out / 'report.html'}")
     return 0
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError from None
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    left, top, right, bottom = map(float, text.split(","))
+    return left, top, right, bottom
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, count = text.split("/")
+    return int(number), int(count)
 
 
 if __name__ == "__main__":

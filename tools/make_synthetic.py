@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from sltscale.data.synthetic import contact_sheet, make_corpus
-from sltscale.data.synthetic_language import LANGUAGES
+from sltscale.data.synthetic.corpus import contact_sheet, make_corpus
+from sltscale.data.synthetic.language import LANGUAGES
 from sltscale.errors import InputError
 
 

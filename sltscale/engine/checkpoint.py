@@ -51,9 +51,10 @@ class Checkpoint:
         return [self.folder / name for name in self.manifest["files"]]
 
 
-def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int) -> Checkpoint:
+def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int, position: dict[str, int]) -> Checkpoint:
     """Write and commit the state after ``step`` optimizer steps; a collective. Keeps the newest ``keep``.
 
+    position: the place in the data (``Plan.state``), kept in the manifest.
     Raises InputError on every rank if any of them cannot write (no permission, disk full) or holds numbers that are not
     finite; older checkpoints stay.
     """
@@ -86,6 +87,7 @@ def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int) -> Che
     manifest = {
         "format": FORMAT,
         "step": step,
+        "data": position,
         "world_size": parallel.world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "shapes": fragments.parameter_shapes(engine),

@@ -11,7 +11,7 @@ import torch
 
 from sltscale import parallel
 from sltscale.config import Recipe
-from sltscale.data.plan import Plan
+from sltscale.data.batches.plan import Plan
 from sltscale.data.text import TextTokenizer
 from sltscale.engine import checkpoint
 from sltscale.engine.global_loss import global_loss
@@ -48,7 +48,6 @@ def train(
     earlier attempts and the preparation took.
     """
     total_steps = plan.steps(recipe.train.epochs)
-    evaluate_every = (recipe.evaluation.every_epochs or recipe.train.epochs + 1) * plan.batches_per_epoch
     engine.train()
     step = saved = first_step
     started = waiting = time.perf_counter()
@@ -73,10 +72,11 @@ def train(
         telemetry.step(number, totals, lr, clips=len(plan.batch(number)), waited=waited)
         if step % recipe.train.log_every == 0 or step == total_steps:
             telemetry.report(step, plan.epoch_of(number), lr)
-        evaluating = step % evaluate_every == 0 and step != total_steps
+        evaluating = step != total_steps and _ends_evaluated_epoch(plan, step, recipe.evaluation.every_epochs)
         if totals.stop or evaluating or step == total_steps or step % recipe.train.checkpoint_every == 0:
             paused = time.perf_counter()
-            committed = checkpoint.save_checkpoint(engine, folder.checkpoints, step, recipe.train.keep_checkpoints)
+            keep = recipe.train.keep_checkpoints
+            committed = checkpoint.save_checkpoint(engine, folder.checkpoints, step, keep, plan.state(step))
             saved = step
             if parallel.rank() == 0:
                 folder.set_status("running", step=step, seconds=seconds_before + paused - started)
@@ -87,6 +87,11 @@ def train(
             break
         waiting = time.perf_counter()
     return step
+
+
+def _ends_evaluated_epoch(plan: Plan, step: int, every: int | None) -> bool:
+    epochs = plan.epoch_of(step)
+    return every is not None and plan.steps(epochs) == step and epochs % every == 0
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -86,6 +86,16 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be written: {error.strerror}") from None
 
+    def bad_clips(self) -> list[dict[str, Any]]:
+        """The damaged clips that this run leaves out."""
+        path = self.path / "bad_clips.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def record_bad_clips(self, rows: list[dict[str, Any]]) -> None:
+        if rows:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_atomically(self.path / "bad_clips.jsonl", "".join(lines))
+
     def _check_lock(self) -> None:
         """A look from any rank before work starts; shared, so that ranks do not take each other for owners."""
         with suppress(FileNotFoundError, NotADirectoryError), (self.path / "lock").open() as lock:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from sltscale import parallel
 from sltscale.config import Recipe
-from sltscale.data.augment import frames_after_sampling
-from sltscale.data.index import Index
-from sltscale.data.plan import evaluation_shares
-from sltscale.data.stream import evaluation_batches, load_video
+from sltscale.data.batches.augment import frames_after_sampling
+from sltscale.data.batches.dealing import evaluation_shares
+from sltscale.data.batches.selection import Selection
+from sltscale.data.batches.stream import evaluation_batches, load_video
 from sltscale.data.text import TextTokenizer
 from sltscale.errors import InputError
 from sltscale.evaluation import report, retrieval, translation
@@ -31,7 +31,7 @@ def evaluate_split(
     method: torch.nn.Module,
     tokenizer: TextTokenizer,
     recipe: Recipe,
-    index: Index,
+    clips: Selection,
     out: Path,
     device: torch.device,
 ) -> Scores:
@@ -40,71 +40,71 @@ def evaluate_split(
     A collective; every rank returns the same scores. InputError, before any decoding, if ``out`` cannot be written or
     the split mixes languages.
     """
-    languages = sorted({index.language(number) for number in range(len(index))})
+    languages = clips.languages()
     if len(languages) != 1:
-        raise InputError(f"{index.folder}, {index.split}: holds {', '.join(languages)}; scores are of one language")
-    parallel.on_rank_zero(lambda: report.prepare(out, index.digest, index.split))
+        raise InputError(f"{clips.name}: holds {', '.join(languages)}; scores are of one language")
+    parallel.on_rank_zero(lambda: report.prepare(out, clips.digest, clips.split))
     if isinstance(method, C2RL):
-        return retrieve_split(method, tokenizer, recipe, index, out, device)
+        return retrieve_split(method, tokenizer, recipe, clips, out, device)
     if isinstance(method, Translation):
-        return translate_split(method, tokenizer, recipe, index, out, device)
+        return translate_split(method, tokenizer, recipe, clips, out, device)
     raise TypeError(f"no evaluation for {type(method).__name__}")
 
 
 def translate_split(
-    method: Translation, tokenizer: TextTokenizer, recipe: Recipe, index: Index, out: Path, device: torch.device
+    method: Translation, tokenizer: TextTokenizer, recipe: Recipe, clips: Selection, out: Path, device: torch.device
 ) -> Scores:
     """Beam-search every clip; BLEU, chrF, ROUGE-L and BLEU against other clips' sentences."""
     settings = recipe.evaluation
     mine: dict[int, str] = {}
-    for clips, batch in _my_batches(index, recipe, "translating"):
-        mine |= zip(clips, _translate(method, tokenizer, recipe, batch, device), strict=True)
+    for numbers, batch in _my_batches(clips, recipe, "translating"):
+        mine |= zip(numbers, _translate(method, tokenizer, recipe, batch, device), strict=True)
     hypotheses_of = {clip: text for part in parallel.gather_objects(mine) for clip, text in part.items()}
-    numbers = range(len(index))
+    numbers = range(len(clips))
     hypotheses = [hypotheses_of[number] for number in numbers]
-    references = index.texts()
-    language = index.language(0)
+    references = clips.texts()
+    language = clips.language(0)
     scores: Scores = translation.score(hypotheses, references, language=language, convention=settings.convention)
-    if len(index) > 1:
+    if len(clips) > 1:
         scores["bleu4_shuffled"] = translation.score_shuffled(
             hypotheses, references, language=language, convention=settings.convention, seed=recipe.seed
         )
-    scores |= _provenance(index) | {
+    scores |= _provenance(clips) | {
         "beams": settings.beams,
         "length_penalty": settings.length_penalty,
         "max_new_tokens": settings.max_new_tokens,
     }
-    ids = [index.id(number) for number in numbers]
+    ids = [clips.id(number) for number in numbers]
     parallel.on_rank_zero(lambda: report.write_translation(out, ids, hypotheses, references, scores))
     return scores
 
 
 def retrieve_split(
-    method: C2RL, tokenizer: TextTokenizer, recipe: Recipe, index: Index, out: Path, device: torch.device
+    method: C2RL, tokenizer: TextTokenizer, recipe: Recipe, clips: Selection, out: Path, device: torch.device
 ) -> Scores:
     """Similarity of every clip with every sentence; recall and ranks both ways. Without the contrastive part (alpha 0)
     there is no similarity, and only the number of clips is returned."""
     if "contrastive" not in method.weights:
-        return _provenance(index)
+        return _provenance(clips)
     mine: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
-        for clips, batch in _my_batches(index, recipe, "encoding"):
+        for numbers, batch in _my_batches(clips, recipe, "encoding"):
             video, video_mask = method.encode_video(batch.frames.to(device))
             text, text_mask = method.encode_text(tokenizer.encode(batch.texts, batch.languages).to(device))
-            for row, clip in enumerate(clips):
+            for row, clip in enumerate(numbers):
                 mine[clip] = (video[row][video_mask[row].bool()].cpu(), text[row][text_mask[row].bool()].cpu())
     encoded = {clip: pair for part in parallel.gather_objects(mine) for clip, pair in part.items()}
 
     def rank_all() -> Scores:
-        numbers = range(len(index))
+        numbers = range(len(clips))
         with torch.inference_mode():
             similarity = method.similarity(
                 *_pad([encoded[number][0] for number in numbers], device),
                 *_pad([encoded[number][1] for number in numbers], device),
             )
-        texts = index.texts()
-        scores: Scores = retrieval.score_both(similarity.cpu().numpy(), texts) | _provenance(index)
-        report.write_retrieval(out, [index.id(number) for number in numbers], texts, similarity.cpu().numpy(), scores)
+        texts = clips.texts()
+        scores: Scores = retrieval.score_both(similarity.cpu().numpy(), texts) | _provenance(clips)
+        report.write_retrieval(out, [clips.id(number) for number in numbers], texts, similarity.cpu().numpy(), scores)
         return scores
 
     return parallel.on_rank_zero(rank_all)
@@ -146,8 +146,8 @@ def _translate(
     return tokenizer.decode(tokens)
 
 
-def _provenance(index: Index) -> Scores:
-    return {"clips": len(index), "split": index.split, "index": index.digest}
+def _provenance(clips: Selection) -> Scores:
+    return {"clips": len(clips), "split": clips.split, "index": clips.digest}
 
 
 def text_samples(out: Path, wanted: int) -> list[tuple[str, str, str]]:
@@ -160,13 +160,13 @@ def text_samples(out: Path, wanted: int) -> list[tuple[str, str, str]]:
     return [(rows[number][0], rows[number][1], rows[number][2]) for number in chosen]
 
 
-def _my_batches(index: Index, recipe: Recipe, verb: str) -> Any:
+def _my_batches(clips: Selection, recipe: Recipe, verb: str) -> Any:
     """(clip numbers, batch) of this rank's share, with a progress bar on rank 0."""
-    lengths = frames_after_sampling(index.frames, recipe.data)
+    lengths = frames_after_sampling(clips.frames, recipe.data)
     mine = evaluation_shares(lengths, parallel.world_size(), recipe.evaluation.batch)[parallel.rank()]
-    batches = evaluation_batches(index, recipe.data, mine)
+    batches = evaluation_batches(clips, recipe.data, mine)
     show = parallel.rank() == 0
-    return zip(mine, tqdm(batches, total=len(mine), desc=f"{verb} {index.split}", disable=not show), strict=True)
+    return zip(mine, tqdm(batches, total=len(mine), desc=f"{verb} {clips.split}", disable=not show), strict=True)
 
 
 def _pad(sequences: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,106 @@
 """Contrastive losses between videos and sentences, as sums and counts over anchors.
 
+Every loss has its dense form and works in chunks of anchors: with gradients enabled, a chunk's similarities are thrown
+away after the forward pass and computed once more in the backward pass, so memory grows with the batch, not with its
+square. ``anchors`` are the pairs that count; a rank that holds some of the global batch's pairs gives its own ones and
+the features of all, and the sums over the ranks are the loss of the whole batch.
+
 Letters: A videos, B sentences, I video tokens, J text tokens, D features, N pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sltscale.structures import LossOutput
+
+CHUNK_ELEMENTS = 2**24  # similarities that a chunk may hold (64 MiB in float32), though never less than one anchor's
+
+
+def clip_loss(
+    video: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    targets: Literal["one_hot", "softmax10"] = "one_hot",
+    text_ids: Tensor | None = None,
+    anchors: slice = slice(None),
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> LossOutput:
+    """Symmetric contrastive loss of N pairs (CLIP, arXiv 2103.00020, figure 3).
+
+    video and text [N, D], any scale (L2-normalised here), pair n in row n of both. logit_scale: the factor itself,
+    already exponentiated. loss_sum / count is the mean over the anchors of the mean of both directions.
+
+    targets: "one_hot", cross-entropy with the partner; "softmax10", the KL divergence from softmax(10 I), as GFSLT-VLP
+    trains (its paper says cross-entropy, arXiv 2307.14768 eq. 3). text_ids [N]: pairs with equal ids are partners of
+    each other (they share the target evenly, or the 10s stand at all of them); None = every pair is on its own.
+    Metrics: v2t_accuracy and t2v_accuracy, the share of anchors whose most similar candidate is a partner.
+    """
+    video, text = _unit(video), _unit(text)
+    count = len(video)
+    ids = torch.arange(count, device=video.device) if text_ids is None else text_ids
+    own = torch.arange(count, device=video.device)[anchors]
+
+    def anchor_losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        losses, hits = [], []
+        for queries, candidates in ((video, text), (text, video)):
+            logits = logit_scale * queries[rows] @ candidates.T
+            partners = ids[rows, None] == ids[None]
+            losses.append(_divergence(logits, partners, targets))
+            hits.append(partners.gather(1, logits.argmax(1, keepdim=True)).sum())
+        return (losses[0] + losses[1]) / 2, hits[0], hits[1]
+
+    return _sum_in_chunks(anchor_losses, own, 2 * count, chunk_elements)
+
+
+def clcl_pair_loss(
+    video: Tensor,
+    text: Tensor,
+    video_mask: Tensor,
+    text_mask: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    temperature: float = 0.07,
+    mask_inner: bool = True,
+    mix: Literal["sum2", "cico4"] = "sum2",
+    anchors: slice = slice(None),
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> LossOutput:
+    """``clcl_loss`` of the similarities of N pairs, without ever holding all of them.
+
+    video [N, I, D], text [N, J, D] and the other arguments as ``clcl_similarity`` and ``clcl_loss`` take them.
+    """
+    own = torch.arange(len(video), device=video.device)[anchors]
+
+    def similarity(videos: Tensor | slice, texts: Tensor | slice) -> tuple[Tensor, Tensor]:
+        return clcl_similarity(
+            video[videos],
+            text[texts],
+            video_mask[videos],
+            text_mask[texts],
+            logit_scale,
+            temperature=temperature,
+            mask_inner=mask_inner,
+        )
+
+    def anchor_losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        whole = slice(None)
+        of_videos, of_texts = similarity(rows, whole), similarity(whole, rows)
+        video_anchors, text_anchors = _cross_entropy(of_videos[0], rows), _cross_entropy(of_texts[1].T, rows)
+        loss = video_anchors + text_anchors
+        if mix == "cico4":
+            loss = (loss + _cross_entropy(of_texts[0].T, rows) + _cross_entropy(of_videos[1], rows)) / 4
+        return loss, (of_videos[0].argmax(1) == rows).sum(), (of_texts[1].argmax(0) == rows).sum()
+
+    elements = len(video) * (video.shape[1] * text.shape[1]) * 2
+    return _sum_in_chunks(anchor_losses, own, elements, chunk_elements)
 
 
 def clcl_similarity(
@@ -68,6 +157,27 @@ def clcl_loss(v2t: Tensor, t2v: Tensor, *, mix: Literal["sum2", "cico4"] = "sum2
             "t2v_accuracy": (t2v.argmax(0) == partners).float().mean(),
         }
     return LossOutput(loss_sum, torch.tensor(len(partners), device=v2t.device), metrics)
+
+
+def _sum_in_chunks(
+    anchor_losses: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], own: Tensor, elements: int, chunk_elements: int
+) -> LossOutput:
+    """Sum (loss, video anchors that hit, text anchors that hit) over the anchors ``own``; ``elements``: similarities
+    that one anchor needs."""
+    chunks = own.split(max(1, chunk_elements // max(1, elements)))
+    parts = [checkpoint(anchor_losses, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    loss_sum, v2t_hits, t2v_hits = (torch.stack(list(part)).sum() for part in zip(*parts, strict=True))
+    metrics = {"v2t_accuracy": v2t_hits.detach() / len(own), "t2v_accuracy": t2v_hits.detach() / len(own)}
+    return LossOutput(loss_sum, torch.tensor(len(own), device=own.device), metrics)
+
+
+def _divergence(logits: Tensor, partners: Tensor, targets: Literal["one_hot", "softmax10"]) -> Tensor:
+    """Summed over the rows of logits [c, N]; partners bool [c, N]."""
+    if targets == "one_hot":
+        target = partners.to(logits.dtype) / partners.sum(1, keepdim=True)
+        return F.cross_entropy(logits, target, reduction="sum")
+    target = (10 * partners.to(logits.dtype)).log_softmax(1)
+    return F.kl_div(logits.log_softmax(1), target, reduction="sum", log_target=True)
 
 
 def _unit(tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sltscale import parallel
 from sltscale.config import C2RLSettings
 from sltscale.errors import InputError
-from sltscale.losses.contrastive import clcl_loss, clcl_similarity
+from sltscale.losses.contrastive import clcl_pair_loss, clcl_similarity
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Method, Vocabulary
 from sltscale.models.language import TextDecoder, TextEncoder, teacher_forcing
@@ -75,33 +75,38 @@ class C2RL(Method):
         chunk = max(1, SIMILARITY_ELEMENTS // max(1, per_video))
         rows = []
         for tokens, mask in zip(video.split(chunk), video_mask.split(chunk), strict=True):
-            v2t, t2v = self._clcl(tokens, mask, text, text_mask, self.logit_scale())
+            v2t, t2v = clcl_similarity(
+                tokens,
+                text,
+                mask,
+                text_mask,
+                self.logit_scale(),
+                temperature=self.settings.inner_temperature,
+                mask_inner=self.settings.mask_inner,
+            )
             rows.append((v2t + t2v) / 2)
         return torch.cat(rows)
 
     def _contrastive(self, video: Tensor, video_mask: Tensor, text: TextBatch) -> LossOutput:
-        # Every rank computes the loss of the whole global batch, so loss_sum and count are both summed W times over the
-        # ranks: the ratio stays the mean over the anchors, and gradients come out exact (see sltscale.parallel).
+        # Anchors are this rank's own pairs, candidates all ranks': sums and counts over the ranks are the loss of
+        # the whole global batch, and gradients come out exact (see sltscale.parallel).
         sentence, sentence_mask = self.encode_text(text)
         # Padding is zero on every rank, as the gather's own is: with mask_inner off it takes part in the softmax.
-        sentence, sentence_mask = parallel.gather(sentence * sentence_mask[..., None], sentence_mask)
-        video, video_mask = parallel.gather(video, video_mask)
+        sentence, sentence_mask, _ = parallel.gather(sentence * sentence_mask[..., None], sentence_mask)
+        video, video_mask, own = parallel.gather(video, video_mask)
         scale: Tensor = self.logit_scale()
-        loss = clcl_loss(*self._clcl(video, video_mask, sentence, sentence_mask, scale), mix=self.settings.mix)
-        return LossOutput(loss.loss_sum, loss.count, {**loss.metrics, "logit_scale": scale.detach()[0]})
-
-    def _clcl(
-        self, video: Tensor, video_mask: Tensor, text: Tensor, text_mask: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return clcl_similarity(
+        loss = clcl_pair_loss(
             video,
-            text,
+            sentence,
             video_mask,
-            text_mask,
+            sentence_mask,
             scale,
             temperature=self.settings.inner_temperature,
             mask_inner=self.settings.mask_inner,
+            mix=self.settings.mix,
+            anchors=own,
         )
+        return LossOutput(loss.loss_sum, loss.count, {**loss.metrics, "logit_scale": scale.detach()[0]})
 
     def _require_contrastive(self) -> None:
         if "contrastive" not in self.weights:

@@ -20,10 +20,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class FrameEncoder(nn.Module):
-    """Ragged uint8 [N, 3, H, W] (RGB) -> Ragged [N, width], one frame at a time.
+    """Ragged uint8 [N, 3 H / 2, W] (YUV 4:2:0, see VideoBatch) -> Ragged [N, width], one frame at a time.
 
     transformers' ResNetModel and global average pooling; batch norm statistics are those of the global batch. Frames
-    become numbers of the parameters' dtype here, on the device, normalised by ImageNet's mean and deviation.
+    become RGB of the parameters' dtype here, on the device, normalised by ImageNet's mean and deviation.
     """
 
     scale: Tensor
@@ -70,5 +70,21 @@ class FrameEncoder(nn.Module):
         # In float32 whatever the model's dtype: bfloat16 would round shades away. The layout changes last, as torch's
         # CPU copy that changes dtype and layout at once is four times slower.
         dtype = next(self.resnet.parameters()).dtype
-        values = pixels.float().mul_(self.scale.float()).add_(self.shift.float())
+        values = yuv_to_rgb(pixels).mul_(self.scale.float()).add_(self.shift.float())
         return values.to(dtype).contiguous(memory_format=self.memory_format)
+
+
+def yuv_to_rgb(frames: Tensor) -> Tensor:
+    """uint8 [N, 3 H / 2, W] (planar YUV 4:2:0, see VideoBatch) -> float32 RGB [N, 3, H, W] from 0 to 255.
+
+    ITU-R BT.601, limited range: Y from 16 to 235, U and V from 16 to 240 around 128. Each pixel takes the colour of its
+    2 x 2 block.
+    """
+    count, rows, width = frames.shape
+    height = rows * 2 // 3
+    y, u, v = frames.flatten(1).split([height * width, height * width // 4, height * width // 4], 1)
+    luma = (y.float() - 16).mul_(255 / 219).view(count, 1, height // 2, 2, width // 2, 2)
+    u, v = ((plane.float() - 128).mul_(255 / 224) for plane in (u, v))
+    colour = torch.stack([1.402 * v, -0.344136 * u - 0.714136 * v, 1.772 * u], 1)
+    rgb = luma + colour.view(count, 3, height // 2, 1, width // 2, 1)
+    return rgb.clamp_(0, 255).view(count, 3, height, width)

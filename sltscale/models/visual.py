@@ -15,7 +15,7 @@ from sltscale.structures import Ragged
 
 
 class VisualEncoder(nn.Module):
-    """Ragged uint8 [N, 3, H, W] -> Ragged [N, width] (C2RL table I): one visual token per frame."""
+    """Ragged uint8 [N, 3 H / 2, W] -> Ragged [N, width] (C2RL table I): one visual token per frame."""
 
     def __init__(self, settings: VisualSettings) -> None:
         super().__init__()

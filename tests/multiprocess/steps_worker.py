@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from sltscale import config, parallel
-from sltscale.data.plan import Plan
+from sltscale.data.batches.batching import BatchRule
+from sltscale.data.batches.plan import Plan
 from sltscale.data.text import build_corpus_tokenizer
 from sltscale.engine import checkpoint, loop
 from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
@@ -73,7 +74,7 @@ def clip(number: int) -> tuple[torch.Tensor, str]:
     generator = torch.Generator().manual_seed(number)
     length = int(torch.randint(1, 9, (), generator=generator))
     words = torch.randint(0, len(WORDS), (1 + number % 6,), generator=generator)
-    frames = torch.randint(0, 256, (length, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    frames = torch.randint(0, 256, (length, 24, 16), dtype=torch.uint8, generator=generator)
     return frames, " ".join(WORDS[word] for word in words)
 
 
@@ -98,7 +99,7 @@ def main() -> None:
 
     device = start_processes()
     recipe = recipe_for(options.method, options.optimizer, options.dropout, options.clip_norm)
-    plan = Plan([len(clip(number)[0]) for number in range(CLIPS)], recipe.seed, recipe.data.global_batch)
+    plan = Plan([len(clip(number)[0]) for number in range(CLIPS)], recipe.seed, BatchRule.of(recipe.data))
     tokenizer = build_corpus_tokenizer([clip(number)[1] for number in range(CLIPS)], ["de"], 60)
     for stage in map(int, options.stages.split(",")):
         folder = RunFolder(options.out / f"zero{stage}")
@@ -127,7 +128,7 @@ def main() -> None:
             seconds_before=0.0,
             evaluate=lambda committed: None,
         )
-        checkpoint.save_checkpoint(engine, folder.checkpoints, last_step, keep=2)
+        checkpoint.save_checkpoint(engine, folder.checkpoints, last_step, 2, plan.state(last_step))
         telemetry.close()
         engine.destroy()
     parallel.barrier()

@@ -123,7 +123,7 @@ def tiny_method(mix: str, dtype: torch.dtype) -> Method:
 def part_of_batch(own: slice) -> tuple[VideoBatch, TextBatch]:
     """Seven clips and sentences of different lengths, cut to ``own`` and trimmed to its longest sentence."""
     torch.manual_seed(1)
-    clips = [torch.randint(0, 256, (length, 3, 32, 32), dtype=torch.uint8) for length in (4, 1, 6, 3, 2, 5, 2)][own]
+    clips = [torch.randint(0, 256, (length, 48, 32), dtype=torch.uint8) for length in (4, 1, 6, 3, 2, 5, 2)][own]
     lengths = torch.tensor([7, 3, 5, 4, 8, 3, 6])
     mask = torch.arange(8)[None] < lengths[:, None]
     ids = torch.where(mask, torch.randint(3, 40, (7, 8)), 1)[own]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltscale.config import DataSettings
-from sltscale.data.augment import (
+from sltscale.data.batches.augment import (
     choose_frames,
     clip_generator,
     crop_corner,
@@ -84,9 +84,10 @@ def test_predicted_lengths_are_the_real_ones(frames: list[int], rate: float, max
 
 def test_random_windows_reach_every_valid_place_and_centre_windows_the_middle() -> None:
     rng = clip_generator(0, 0, 0)
-    corners = {crop_corner(10, 9, 8, rng) for _ in range(300)}
-    assert corners == {(top, left) for top in range(3) for left in range(2)}
+    corners = {crop_corner(12, 11, 8, rng) for _ in range(300)}
+    assert corners == {(top, left) for top in (0, 2, 4) for left in (0, 2)}
     assert crop_corner(256, 256, 224) == (16, 16)
+    assert crop_corner(72, 74, 66) == (2, 4)
     assert crop_corner(8, 8, 8, rng) == (0, 0)
     with pytest.raises(ValueError, match="8x7"):
         crop_corner(8, 7, 8)

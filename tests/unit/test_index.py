@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 from source_videos import write_video
 
-from sltscale.data.clips import Clip
-from sltscale.data.index import Index, Row, Shard, open_index, splits, write_index
-from sltscale.data.shards import write_shards
-from sltscale.data.verify import check_shards, verify
+from sltscale.data.clips import Clip, Cutting
+from sltscale.data.shards.index import Index, Row, Shard, open_index, splits, write_index
+from sltscale.data.shards.verify import check_shards, verify
+from sltscale.data.shards.writing import write_shards
 from sltscale.errors import InputError
 
 CLIPS = 7
@@ -25,9 +28,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """dev: 7 clips in 3 shards."""
     folder = tmp_path_factory.mktemp("original")
     source = write_video(folder / "v.mp4", 30)
-    clips = [Clip(f"id.{n}", source, None, None, f"Größe {n}", "de", "dev", n) for n in range(CLIPS)]
+    clips = [Clip(f"id.{n}", source, None, None, f"Größe {n}", "de", "dev", n, signer=f"s{n}") for n in range(CLIPS)]
     write_shards(
-        clips, [], folder / "shards", split="dev", corpus="c", frame_size=64, clips_per_shard=3, progress=False
+        clips, [], folder / "shards", split="dev", corpus="c", cutting=Cutting(64), clips_per_shard=3, progress=False
     )
     return folder / "shards"
 
@@ -55,6 +58,8 @@ def test_columns(folder: Path) -> None:
     assert (index.corpus, index.frame_size, index.split) == ("c", 64, "dev")
     assert index.shards == [f"dev-{n:06d}.tar" for n in range(3)]
     assert index.seconds == pytest.approx(CLIPS * 30 / 25)
+    assert index.source(3) == "v.mp4" and index.signer(3) == "s3" and index.resolution[3].tolist() == [64, 48]
+    assert index.sources() == ["v.mp4"] * CLIPS and index.languages() == ["de"]
     assert index.row(3)["shard"] == "dev-000001.tar" and index.row(3)["fps"] == [25, 1]
     np.testing.assert_array_equal(index.offset, load_file(index.path)["offset"])
 
@@ -71,15 +76,87 @@ def test_travels_to_other_processes(folder: Path) -> None:
         assert pool.map(read_first, [index] * 4) == [expected] * 4
 
 
-def test_opening_costs_nothing_for_many_clips(tmp_path: Path) -> None:
-    row = Row("id", "key", "text", "en", 9, (25, 1), 0, 9, "00" * 32, (0, 9), (1, 2, 3))
-    shards = [Shard(f"train-{n:06d}.tar", 9, "00" * 32, [row] * 500) for n in range(100)]
-    write_index(tmp_path, "train", shards, corpus="c", frame_size=64)
+MADE_UP = """
+import re, sys
+from pathlib import Path
+from sltscale.data.shards.index import Row, Shard, open_index, write_index
+
+def resident(which):
+    return int(re.search(which + r":\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+def shards(clips):
+    for number in range(clips // 500):
+        rows = [
+            Row(f"vid{i // 90}-{i}.x", f"vid{i // 90}-{i}_x", f"Sentence number {i} about the weather, as it was.",
+                "de" if i % 3 else "en", 20 + i % 300, (30000, 1001), 14000 * (i % 500), 12000, f"{i:064x}",
+                (14000 * (i % 500), 14000 * (i % 500 + 1)), (i, 2, 3), f"vid{i // 90}.mp4", f"s{i % 7}", (1280, 720))
+            for i in range(number * 500, (number + 1) * 500)
+        ]
+        yield Shard(f"train-{number:06d}.tar", 7_000_000, "00" * 32, rows)
+
+folder, clips = Path(sys.argv[1]), int(sys.argv[2])
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = resident("VmRSS")
+if sys.argv[3] == "write":
+    write_index(folder, "train", shards(clips), corpus="made up", frame_size=64)
+    print(resident("VmHWM") - before)
+else:
+    index = open_index(folder, "train")
+    opened = resident("VmHWM") - before
+    assert len(index) == clips and index.columns_intact() and index.digest
+    print(opened, resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("clips", [200_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_many_clips_in_little_memory(tmp_path: Path, clips: int) -> None:
+    """In MiB: what writing, opening and checking add to a process."""
+
+    def made_up(what: str) -> list[float]:
+        command = [sys.executable, "-c", MADE_UP, str(tmp_path), str(clips), what]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+        return [float(number) for number in done.stdout.split()]
+
+    (written,) = made_up("write")
+    path = tmp_path / "train.index.safetensors"
+    size = path.stat().st_size / 2**20
+    assert size > clips * 200 / 2**20 and written < 3 * size
+    opened, checked = made_up("read")
+    assert opened < 8  # reads the header only
+    assert checked < opened + 4  # in pieces, not through the map
     index = open_index(tmp_path, "train")
-    assert len(index) == 50_000
-    for name in ("offset", "sha256", "record"):
+    for name in ("offset", "sha256", "record", "resolution"):
         column = getattr(index, name)
         assert not column.flags.owndata and not column.flags.writeable  # a view of the mapped file, not a copy
+    last = clips - 1
+    assert index.id(last) == f"vid{last // 90}-{last}.x" and index.source(last) == f"vid{last // 90}.mp4"
+    assert index.sha256[last].tobytes().hex() == f"{last:064x}" and index.shard[last] == clips // 500 - 1
+    assert index.languages() == ["de", "en"] and index.language(0) == "en" and index.language(1) == "de"
+    np.testing.assert_array_equal(index.clips_of("en"), np.arange(0, clips, 3))
+    assert index.texts()[last] == index.text(last) and index.signers()[last] == index.signer(last)
+    stored = load_file(path)
+    assert stored["crc32"].shape == (clips, 3) and stored["fps"].dtype == np.int32
+    np.testing.assert_array_equal(stored["frames"], index.frames)
+
+
+def test_order_of_languages_does_not_depend_on_the_clips(tmp_path: Path) -> None:
+    row = Row("id", "key", "text", "de", 9, (25, 1), 0, 9, "00" * 32, (0, 9), (1, 2, 3))
+    shards = [
+        Shard("a.tar", 9, "00" * 32, [replace(row, language=language) for language in ("zh", "de")]),
+        Shard("b.tar", 9, "00" * 32, [replace(row, language=language) for language in ("en", "zh")]),
+    ]
+    write_index(tmp_path, "train", iter(shards), corpus="c", frame_size=64)
+    index = open_index(tmp_path, "train")
+    assert index.languages() == ["de", "en", "zh"]
+    assert [index.language(clip) for clip in range(4)] == ["zh", "de", "en", "zh"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_index_of_an_older_format_is_refused(folder: Path) -> None:
+    path = folder / "dev.index.safetensors"
+    path.write_bytes(path.read_bytes().replace(rb"\"format\": 2", rb"\"format\": 1"))
+    with pytest.raises(InputError, match="index format 1, this version reads 2; pack again"):
+        open_index(folder, "dev")
 
 
 def test_missing_and_damaged_indexes_are_input_errors(folder: Path, tmp_path: Path) -> None:

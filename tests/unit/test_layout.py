@@ -16,12 +16,13 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 # Which files may import a library, as patterns from the repository root.
 DOORS = {
     "deepspeed": ("sltscale/engine/*.py",),
-    "webdataset": ("sltscale/data/shards.py", "sltscale/data/stream.py"),
+    "webdataset": ("sltscale/data/shards/writing.py",),
     "av": (
-        "sltscale/data/video.py",
-        "sltscale/data/cutting.py",
-        "sltscale/data/encoding.py",
-        "sltscale/data/synthetic*.py",
+        "sltscale/data/video/decoding.py",
+        "sltscale/data/video/cutting.py",
+        "sltscale/data/video/encoding.py",
+        "sltscale/data/synthetic/*.py",
+        "tools/bench_*.py",
     ),
     "transformers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
     "tokenizers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
@@ -29,6 +30,9 @@ DOORS = {
     "sacrebleu": ("sltscale/evaluation/translation.py",),
 }
 EXECUTING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# The one reader of pickled labels: it admits an instruction only if strings, numbers, lists or dicts need it, and its
+# unpickler refuses every name.
+UNPICKLER = "sltscale/data/annotations/labels.py"
 
 
 def where(path: Path) -> str:
@@ -78,6 +82,7 @@ def faults(source: str) -> list[str]:
             "extractall": last in {"extractall", "unpack_archive"},
             "os.system": name in {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"},
             "shell": keywords.get("shell", False) is not False,
+            "pickle's own loading": name in {"pickle.load", "pickle.loads", "pickle.Unpickler"},
             "eval or exec": name in {"eval", "exec", "compile", "builtins.eval", "builtins.exec"},
             "allow_pickle": keywords.get("allow_pickle", False) is not False,
             "trust_remote_code": keywords.get("trust_remote_code", False) is not False,
@@ -127,13 +132,16 @@ def test_one_door_per_heavy_library(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=where)
 def test_nothing_read_is_executed(path: Path) -> None:
-    assert faults(path.read_text(encoding="utf-8")) == []
+    admitted = ["imports pickle"] if where(path) == UNPICKLER else []
+    assert faults(path.read_text(encoding="utf-8")) == admitted
 
 
 @pytest.mark.parametrize(
     "source",
     [
         "import pickle",
+        "pickle.loads(content)",
+        "pickle.Unpickler(file).load()",
         "def f():\n    from dill import loads",
         "import torch\ntorch.load(f)",
         "import torch\ntorch.load(f, weights_only=False)",

@@ -41,7 +41,7 @@ def _seed() -> None:
 
 
 def example(clip_lengths: list[int], text_lengths: list[int], extra: int = 0) -> tuple[VideoBatch, TextBatch]:
-    frames = torch.randint(0, 256, (sum(clip_lengths), 3, 32, 32), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (sum(clip_lengths), 48, 32), dtype=torch.uint8)
     ids = torch.full((len(text_lengths), max(text_lengths) + extra), VOCABULARY.pad_id)
     for row, length in enumerate(text_lengths):
         sentence = [*torch.randint(4, 36, (length - 2,)).tolist(), VOCABULARY.eos_id, 36 + row % 2]

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from av.video.frame import VideoFrame
 from torch import Tensor
 from transformers import (
     MBartConfig,
@@ -18,7 +20,7 @@ from transformers import (
 
 from sltscale.config import LanguageModelSettings, ResNetSettings, TransformerSettings, VisualSettings
 from sltscale.errors import InputError
-from sltscale.models.frames import IMAGENET_MEAN, IMAGENET_STD, FrameEncoder
+from sltscale.models.frames import IMAGENET_MEAN, IMAGENET_STD, FrameEncoder, yuv_to_rgb
 from sltscale.models.language import (
     TextDecoder,
     TextEncoder,
@@ -49,7 +51,7 @@ def _seed() -> None:
 
 
 def clips(lengths: list[int], size: int = 32) -> Ragged:
-    return Ragged.from_lengths(torch.randint(0, 256, (sum(lengths), 3, size, size), dtype=torch.uint8), lengths)
+    return Ragged.from_lengths(torch.randint(0, 256, (sum(lengths), size * 3 // 2, size), dtype=torch.uint8), lengths)
 
 
 def settle(module: torch.nn.Module, *inputs: object) -> torch.nn.Module:
@@ -76,9 +78,30 @@ def test_frame_encoder_normalises_by_imagenet() -> None:
     encoder = settle(FrameEncoder(FRAMES), clips([4]))
     frames = clips([2])
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    expected = encoder.resnet((frames.values / 255 - mean) / std).pooler_output.flatten(1)
+    expected = encoder.resnet((yuv_to_rgb(frames.values) / 255 - mean) / std).pooler_output.flatten(1)
     torch.testing.assert_close(encoder(frames).values, expected, rtol=1e-4, atol=1e-5)
     assert encoder.bfloat16()(frames).values.dtype == torch.bfloat16
+
+
+def test_colours_are_those_of_the_standard_and_of_ffmpeg() -> None:
+    rng = np.random.default_rng(0)
+    y = np.kron(rng.integers(16, 236, (4, 6)), np.ones((8, 8))).astype(np.uint8)
+    u, v = (np.kron(rng.integers(70, 187, (4, 6)), np.ones((4, 4))).astype(np.uint8) for _ in range(2))
+    planes = np.concatenate([y.ravel(), u.ravel(), v.ravel()]).reshape(48, 48)
+    found = yuv_to_rgb(torch.from_numpy(planes)[None])[0].permute(1, 2, 0).numpy()
+    assert found.shape == (32, 48, 3)
+    # ITU-R BT.601: Y = 0.299 R + 0.587 G + 0.114 B, U and V the scaled differences of B and R to it.
+    inside = ((found > 0) & (found < 255)).all(-1)
+    red, green, blue = np.moveaxis(found, -1, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    for plane, value in ((y, 16 + 219 * luma / 255), (u, 128 + 112 * (blue - luma) / (0.886 * 255))):
+        full = plane if plane.shape == (32, 48) else np.kron(plane, np.ones((2, 2)))
+        assert abs(value - full)[inside].max() < 1e-3
+    full = np.kron(v, np.ones((2, 2)))
+    assert abs(128 + 112 * (red - luma) / (0.701 * 255) - full)[inside].max() < 1e-3
+    # FFmpeg's fast conversion rounds down, several times.
+    theirs = VideoFrame.from_ndarray(planes, format="yuv420p").to_ndarray(format="rgb24")
+    assert abs(found - theirs).max() <= 3
 
 
 def test_narrow_frame_encoder_trains_at_full_resolution(command: Callable[..., CompletedProcess[str]]) -> None:
@@ -90,7 +113,7 @@ def test_narrow_frame_encoder_trains_at_full_resolution(command: Callable[..., C
         "from sltscale.models.frames import FrameEncoder\n"
         "from sltscale.structures import Ragged\n"
         "encoder = FrameEncoder(ResNetSettings(embedding_size=4, hidden_sizes=(4, 8), depths=(1, 1)))\n"
-        "frames = Ragged.from_lengths(torch.zeros(5, 3, 224, 224, dtype=torch.uint8), [5])\n"
+        "frames = Ragged.from_lengths(torch.zeros(5, 336, 224, dtype=torch.uint8), [5])\n"
         "encoder(frames).values.sum().backward()\n",
     )
     assert done.returncode == 0, done.stderr

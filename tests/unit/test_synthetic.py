@@ -15,10 +15,10 @@ import pytest
 import sacrebleu
 from PIL import Image
 
-from sltscale.data.synthetic import ANNOTATIONS, COLUMNS, SIGNERS, make_corpus
-from sltscale.data.synthetic_drawing import Painter, draw_signer
-from sltscale.data.synthetic_language import GLOSSES, LANGUAGES, Sentence, draw_sentence
-from sltscale.data.synthetic_signs import FORMS, HAND, perform, perform_sentences, rest
+from sltscale.data.synthetic.corpus import ANNOTATIONS, COLUMNS, SIGNERS, make_corpus
+from sltscale.data.synthetic.drawing import Painter, draw_signer
+from sltscale.data.synthetic.language import GLOSSES, LANGUAGES, Sentence, draw_sentence
+from sltscale.data.synthetic.signs import FORMS, HAND, perform, perform_sentences, rest
 from sltscale.errors import InputError
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_synthetic.py"

@@ -1,0 +1,69 @@
+"""Which frames and which window of a clip are used: one draw per clip.
+
+Letters: T frames of the clip, n frames kept. In training a draw comes from the clip's own generator, a function of
+(seed, epoch, clip number) alone, so it does not depend on ranks, workers or interruptions. Without a generator every
+function here is the deterministic transform of evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from sltscale.config import DataSettings
+
+
+def clip_generator(seed: int, epoch: int, clip: int) -> np.random.Generator:
+    """The source of all random choices for one clip in one epoch."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, clip))))
+
+
+def sample_frames(num_frames: int, rate: float, rng: np.random.Generator | None = None) -> list[int]:
+    """Temporal sampling at rate k (C2RL, arXiv 2408.09949, IV-B): n = max(1, int(k T)) frame numbers, ascending.
+
+    The clip is cut into n consecutive pieces, piece i being the frames floor(T i / n) ... floor(T (i + 1) / n) - 1,
+    none empty as n <= T. Of each piece: one uniformly random frame with ``rng``, the first one without.
+    """
+    if num_frames < 1:
+        raise ValueError(f"a clip of {num_frames} frames cannot be sampled")
+    n = int(_kept(np.array([num_frames]), rate)[0])
+    bounds = np.arange(n + 1, dtype=np.int64) * num_frames // n
+    chosen = bounds[:-1] if rng is None else rng.integers(bounds[:-1], bounds[1:])
+    return [int(frame) for frame in chosen]
+
+
+def limit_frames(indices: Sequence[int], max_frames: int) -> list[int]:
+    """At most ``max_frames`` of ``indices``, evenly spread from the first on; shorter lists stay as they are."""
+    n = min(len(indices), max_frames)
+    return [indices[i * len(indices) // n] for i in range(n)]
+
+
+def frames_after_sampling(frames: npt.NDArray[np.integer], settings: DataSettings) -> npt.NDArray[np.int64]:
+    """Frames of each clip that training and evaluation use, from the stored numbers ``frames`` [n]."""
+    return np.minimum(_kept(frames, settings.sampling_rate), settings.max_frames)
+
+
+def choose_frames(num_frames: int, settings: DataSettings, rng: np.random.Generator | None = None) -> list[int]:
+    """The frame numbers of a clip of ``num_frames`` that the settings ask for: sampled, then limited."""
+    return limit_frames(sample_frames(num_frames, settings.sampling_rate, rng), settings.max_frames)
+
+
+def crop_corner(height: int, width: int, size: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
+    """(top, left) of a size x size window: uniform over all even places with ``rng``, else in the centre.
+
+    Even, because stored clips hold one colour for four pixels.
+    """
+    if size > min(height, width):
+        raise ValueError(f"a window of {size} does not fit in {height}x{width} frames")
+    if rng is None:
+        return (height - size) // 4 * 2, (width - size) // 4 * 2
+    return 2 * int(rng.integers((height - size) // 2 + 1)), 2 * int(rng.integers((width - size) // 2 + 1))
+
+
+def _kept(frames: npt.NDArray[np.integer], rate: float) -> npt.NDArray[np.int64]:
+    """max(1, int(k T)) for k as it is written: as floats 0.29 * 100 is 28.999..., and 1/3 of 3 frames must be one."""
+    exact = Fraction(rate).limit_denominator(10**6)
+    return np.maximum(1, np.asarray(frames, dtype=np.int64) * exact.numerator // exact.denominator)
