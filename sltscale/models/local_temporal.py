@@ -72,9 +72,9 @@ class _Steps:
 class LocalTemporalEncoder(nn.Module):
     """Ragged [N, input_width] -> Ragged [N', output width], ceil(length / 2) segments of each sequence.
 
-    ryanwongsa/Sign2GPT@5555935 models/metaformer, and HFA (arXiv 2507.06732), whose feed-forward part is not scaled.
-    Their sums are HFA's to the last parameter. Down-sampled steps are means of the (up to 3) steps around every second
-    one; both codes divide by 3 also at a clip's ends, which "reference" repeats.
+    ryanwongsa/Sign2GPT@5555935 models/metaformer; HFA (arXiv 2507.06732) adds the last linear layer and leaves the
+    feed-forward part unscaled. Down-sampled steps are means of the (up to 3) steps around every second one; both codes
+    divide by 3 also at a clip's ends, which padding "reference" repeats. Weights start as HFA's.
     """
 
     def __init__(self, input_width: int, settings: LocalTemporalSettings) -> None:

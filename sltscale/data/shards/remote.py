@@ -13,6 +13,7 @@ import io
 import os
 import re
 import secrets
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -54,11 +55,12 @@ def shard_source(where: str | Path) -> LocalShards | RemoteShards:
 
 
 class LocalShards:
-    """The files of one folder. May be shared by threads and forked processes, and sent to others."""
+    """The files of one folder. May be shared by threads and sent to other processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[Callable[..., LocalShards], tuple[Path]]:
         return LocalShards, (self.folder,)
@@ -98,10 +100,11 @@ class LocalShards:
         return sorted(path.name for path in self.folder.glob(pattern))
 
     def _descriptor(self, name: str) -> _Descriptor:
-        file = self._open.pop(name, None) or _Descriptor(os.open(self.folder / name, os.O_RDONLY))
-        self._open[name] = file
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
+        with self._opening:
+            file = self._open.pop(name, None) or _Descriptor(os.open(self.folder / name, os.O_RDONLY))
+            self._open[name] = file
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
         return file
 
 
