@@ -22,9 +22,9 @@ from sltscale.data.clips import Clip, Cutting
 from sltscale.data.synthetic.drawing import Painter, draw_signer
 from sltscale.data.synthetic.signs import FORMS, perform
 from sltscale.data.video.cutting import pack_clip, source_frames
-from sltscale.data.video.decoding import decode_clip, decode_yuv
 from sltscale.data.video.encoding import SourceFrame, encode
 from sltscale.data.video.presets import PRESETS
+from sltscale.data.video.stored import decode_clip, decode_yuv
 from sltscale.errors import InputError
 
 DRAWN_SIZE, DRAWN_SIGNERS = 512, 4

@@ -27,7 +27,8 @@ from source_videos import (
 from sltscale.data.clips import Cutting
 from sltscale.data.video import cutting, spans
 from sltscale.data.video.cutting import pack_clip, source_frames
-from sltscale.data.video.decoding import VideoError, decode_clip
+from sltscale.data.video.limits import VideoError
+from sltscale.data.video.stored import decode_clip
 
 
 def assert_cut_equals_full_decode(path: Path, start: Fraction | None, end: Fraction | None) -> None:
@@ -441,7 +442,7 @@ from fractions import Fraction
 from pathlib import Path
 from sltscale.data.clips import Clip, Cutting
 from sltscale.data.video.cutting import pack_clip
-from sltscale.data.video.decoding import VideoError
+from sltscale.data.video.limits import VideoError
 
 clip = Clip("id", Path(sys.argv[1]), None, None, "", "de", "train")
 before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -17,8 +17,8 @@ from av.video.frame import VideoFrame
 from source_videos import draw, pack, stored_rgb, stored_times, write_video
 
 from sltscale.data.clips import Cutting
-from sltscale.data.video.decoding import VideoError
 from sltscale.data.video.encoding import SourceFrame, encode
+from sltscale.data.video.limits import VideoError
 from sltscale.data.video.presets import PRESETS
 from sltscale.errors import InputError
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltscale.data.clips import Cutting
-from sltscale.data.video.decoding import VideoError
 from sltscale.data.video.framing import Framing, framing
+from sltscale.data.video.limits import VideoError
 
 SQUARE = Fraction(1)
 

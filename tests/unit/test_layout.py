@@ -18,7 +18,7 @@ DOORS = {
     "deepspeed": ("sltscale/engine/*.py",),
     "webdataset": ("sltscale/data/shards/writing.py",),
     "av": (
-        "sltscale/data/video/decoding.py",
+        "sltscale/data/video/stored.py",
         "sltscale/data/video/cutting.py",
         "sltscale/data/video/encoding.py",
         "sltscale/data/synthetic/*.py",

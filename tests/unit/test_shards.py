@@ -36,7 +36,7 @@ from sltscale.data.clips import Clip, Cutting
 from sltscale.data.shards.index import open_index, splits
 from sltscale.data.shards.merge import merge
 from sltscale.data.shards.writing import make_shards, write_shards
-from sltscale.data.video.decoding import decode_clip
+from sltscale.data.video.stored import decode_clip
 from sltscale.errors import InputError
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltscale.data.video.decoding import VideoError
+from sltscale.data.video.limits import VideoError
 from sltscale.data.video.spans import Shown, at_rate, span
 
 

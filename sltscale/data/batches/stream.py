@@ -33,7 +33,8 @@ from sltscale.data.batches.segments import Segments, borrow, payload
 from sltscale.data.batches.selection import Selection
 from sltscale.data.clips import Clip, Cutting
 from sltscale.data.video.cutting import pack_clip
-from sltscale.data.video.decoding import VideoError, decode_yuv
+from sltscale.data.video.limits import VideoError
+from sltscale.data.video.stored import decode_yuv
 from sltscale.errors import InputError
 from sltscale.structures import Ragged, VideoBatch
 

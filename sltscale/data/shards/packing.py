@@ -26,8 +26,8 @@ import psutil
 
 from sltscale.data.clips import Clip, Cutting
 from sltscale.data.video.cutting import Beat, pack_clip
-from sltscale.data.video.decoding import VideoError
 from sltscale.data.video.encoding import PackedClip
+from sltscale.data.video.limits import VideoError
 from sltscale.errors import InputError
 
 QUEUED_PER_WORKER = 8

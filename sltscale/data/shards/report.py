@@ -23,7 +23,7 @@ from sltscale.data.shards.index import Index, open_index, splits
 from sltscale.data.shards.report_page import Thumbnail, page
 from sltscale.data.shards.split_report import Report, read_reports, reason_kind
 from sltscale.data.shards.text_checks import EXAMPLES, duplicates, foreign_characters
-from sltscale.data.video.decoding import decode_clip
+from sltscale.data.video.stored import decode_clip
 from sltscale.errors import InputError
 from sltscale.files import write_atomically
 

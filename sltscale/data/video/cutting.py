@@ -16,12 +16,16 @@ from typing import cast
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
 from sltscale.data.clips import Clip, Cutting
-from sltscale.data.video.decoding import (
+from sltscale.data.video.encoding import PackedClip, SourceFrame, encode
+from sltscale.data.video.framing import Framing, framing
+from sltscale.data.video.images import image_names, read_image
+from sltscale.data.video.limits import (
     MAX_PIXELS,
     MAX_SECONDS,
     MAX_SOURCE_SECONDS,
@@ -29,11 +33,7 @@ from sltscale.data.video.decoding import (
     check_expansion,
     check_size,
     decoder_reason,
-    video_stream,
 )
-from sltscale.data.video.encoding import PackedClip, SourceFrame, encode
-from sltscale.data.video.framing import Framing, framing
-from sltscale.data.video.images import image_names, read_image
 from sltscale.data.video.spans import Picture, Shown, at_rate, check_span, span, too_long
 
 # Containers and protocols that corpora use; playlists and network protocols could reach beyond the file itself. The
@@ -114,7 +114,7 @@ def _image_frames(clip: Clip, cutting: Cutting | None, beat: Beat) -> Iterator[S
 def _video_frames(clip: Clip, file_bytes: int, cutting: Cutting | None, beat: Beat) -> Iterator[SourceFrame]:
     try:
         with av.open(f"file:{clip.path}", "r", options=OPEN_OPTIONS, metadata_errors="replace") as container:
-            stream = video_stream(container)
+            stream = _video_stream(container)
             time_base = cast(Fraction, stream.time_base)
             promised_end = _check_header(container, stream, clip, file_bytes)
             pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
@@ -230,3 +230,16 @@ def _resized(frame: VideoFrame, width: int, height: int) -> np.ndarray:
 
 def _turned(rgb: np.ndarray, turns: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise VideoError("no video stream")
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise VideoError("its video codec is unknown")
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream

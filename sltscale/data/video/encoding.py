@@ -17,7 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from sltscale.data.clips import MAX_FPS
-from sltscale.data.video.decoding import MAX_CLIP_BYTES, VideoError, decoder_reason
+from sltscale.data.video.limits import MAX_CLIP_BYTES, VideoError, decoder_reason
 from sltscale.data.video.presets import PRESETS, Preset
 
 os.environ.setdefault("SVT_LOG", "1")  # or SVT-AV1 greets every clip

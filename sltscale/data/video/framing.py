@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from sltscale.data.clips import Cutting
-from sltscale.data.video.decoding import VideoError
+from sltscale.data.video.limits import VideoError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sltscale.data.video.decoding import VideoError, check_size
+from sltscale.data.video.limits import VideoError, check_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # An uncompressed PNG of the largest picture with 16 bits a channel is 72 MB.

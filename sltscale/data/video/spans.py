@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Generic, TypeVar
 
-from sltscale.data.video.decoding import MAX_FRAMES, MAX_SECONDS, VideoError
+from sltscale.data.video.limits import MAX_FRAMES, MAX_SECONDS, VideoError
 
 # A whole file that stops this long before its header's duration has lost its tail.
 MAX_LOST_SECONDS = Fraction(1, 2)

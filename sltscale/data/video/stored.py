@@ -1,44 +1,29 @@
-"""What every use of PyAV shares - limits, opening, one decoder thread - and fast decoding of stored clips.
+"""Fast decoding of stored clips: one decoder for clip after clip, frames as the codec holds them.
 
 Decoders run on one thread without frame threading, and colour conversion on one thread: PyAV's default of one
-conversion thread per core costs three times the CPU time at 256 pixels. PyAV is imported here, in cutting.py and in
-encoding.py only.
+conversion thread per core costs three times the CPU time at 256 pixels.
 
 Letters: T frames of a clip, H and W height and width.
 """
 
 from __future__ import annotations
 
-import io
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import cast
 
 import av
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
-from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
-from sltscale.errors import InputError
+from sltscale.data.video.limits import MAX_PIXELS, VideoError, decoder_reason
+from sltscale.data.video.samples import find_samples
 
-MAX_SIDE = 4096
-MAX_PIXELS = 9_000_000
-MAX_SECONDS = 120
-MAX_FRAMES = 7200
-# A source may be long, as clips are spans of it; 100 hours are an error in its header.
-MAX_SOURCE_SECONDS = 360_000
-# As stored.
-MAX_CLIP_BYTES = 256 * 2**20
-# As RGB a video may be this many times its own bytes, once it is more than MAX_UNQUESTIONED_BYTES. Real signing
-# measured 33 to 197 times (docs/cutting.md).
-MAX_EXPANSION = 20_000
-MAX_UNQUESTIONED_BYTES = 256 * 2**20
+OPEN_DECODERS = 8  # kept by a process; clips of one corpus share one or two
 
-
-class VideoError(InputError):
-    """This clip cannot be used; the message is a reason in one line."""
+_decoders: OrderedDict[tuple[str, bytes], VideoCodecContext] = OrderedDict()
 
 
 def decode_yuv(data: bytes, keep: Sequence[int], out: npt.NDArray[np.uint8], top: int, left: int) -> None:
@@ -59,7 +44,9 @@ def decode_yuv(data: bytes, keep: Sequence[int], out: npt.NDArray[np.uint8], top
         planes[:, luma * 5 // 4 :].reshape(count, height // 2, width // 2),
     )
     done = 0
-    for number, frame in enumerate(_frames(data, top + height, left + width)):
+    for number, frame in enumerate(_frames(data)):
+        if frame.height < top + height or frame.width < left + width:
+            raise VideoError(f"frames of {frame.width}x{frame.height} pixels; at least {left + width}x{top + height}")
         while done < count and keep[done] == number:
             if frame.format.name != "yuv420p":
                 frame = frame.reformat(format="yuv420p", threads=1)
@@ -94,44 +81,31 @@ def decode_clip(data: bytes, keep: Sequence[int] | None = None) -> np.ndarray:
     return np.stack(pictures).transpose(0, 3, 1, 2)
 
 
-def _frames(data: bytes, min_height: int = 1, min_width: int = 1) -> Iterator[VideoFrame]:
+def _frames(data: bytes) -> Iterator[VideoFrame]:
+    """In display order. Not for several threads at once: clips with the same description share a decoder."""
     try:
-        with av.open(io.BytesIO(data), "r", format="mp4", metadata_errors="replace") as container:
-            stream = video_stream(container)
-            check_size(stream.width, stream.height)
-            if stream.height < min_height or stream.width < min_width:
-                raise VideoError(f"frames of {stream.width}x{stream.height} pixels; at least {min_width}x{min_height}")
-            yield from container.decode(stream)
+        samples = find_samples(data)
+    except ValueError as error:
+        raise VideoError(f"cannot be decoded: {error}") from None
+    key = (samples.decoder, samples.extradata)
+    decoder = _decoders.pop(key, None) or _new_decoder(*key)
+    try:
+        for offset, size in samples.places:
+            yield from decoder.decode(av.Packet(data[offset : offset + size]))
+        yield from decoder.decode(None)
     except av.FFmpegError as error:
         raise VideoError(decoder_reason(error)) from None
+    finally:  # also when the caller has seen enough
+        decoder.flush_buffers()
+        _decoders[key] = decoder
+        if len(_decoders) > OPEN_DECODERS:
+            _decoders.popitem(last=False)
 
 
-def video_stream(container: InputContainer) -> VideoStream:
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        raise VideoError("no video stream")
-    stream = streams[0]
-    if stream.codec_context is None:
-        raise VideoError("its video codec is unknown")
-    stream.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    return stream
-
-
-def check_size(width: int, height: int) -> None:
-    if not width or not height:
-        raise VideoError(f"frames of no known size, or above {MAX_PIXELS} pixels")
-    if not 0 < width <= MAX_SIDE or not 0 < height <= MAX_SIDE or width * height > MAX_PIXELS:
-        raise VideoError(f"frames of {width}x{height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all")
-
-
-def check_expansion(pixels: int, size: int) -> None:
-    """Refuse what only a file made to exhaust the reader holds: pixels in all its frames out of size bytes."""
-    if 3 * pixels > max(MAX_UNQUESTIONED_BYTES, MAX_EXPANSION * size):
-        raise VideoError(f"{size} bytes would decode to {3 * pixels // 2**20} MiB; at most {MAX_EXPANSION}-fold")
-
-
-def decoder_reason(error: Exception) -> str:
-    """FFmpeg's own words without its error number and the file name."""
-    return f"cannot be decoded: {getattr(error, 'strerror', None) or error}"
+def _new_decoder(name: str, extradata: bytes) -> VideoCodecContext:
+    decoder = cast(VideoCodecContext, av.CodecContext.create(name, "r"))
+    decoder.extradata = extradata
+    decoder.thread_type = "NONE"
+    decoder.thread_count = 1
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    return decoder
