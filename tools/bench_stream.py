@@ -55,6 +55,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.clips < 2 * BATCH * arguments.workers:
+        parser.error(
+            f"--clips {arguments.clips}: expected at least {2 * BATCH * arguments.workers}, two batches a worker"
+        )
     with tempfile.TemporaryDirectory() as folder:
         index, frames = _prepare(Path(folder), arguments.videos, arguments.clips, arguments.workers)
         size = int(index.size.sum())

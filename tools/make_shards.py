@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +44,9 @@ def main() -> int:
     except InputError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -58,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         for line in dry_run(options.corpus, options.annotations, options.videos, cutting=cutting, **reading):
             print(line)
+        sys.stdout.flush()
         return 0
     if options.videos is None or options.out is None:
         raise InputError("--videos and --out are needed, except with --dry-run")
@@ -75,29 +81,33 @@ def run(options: argparse.Namespace) -> int:
     for report in reports:
         print(report.summary())
     if options.part:
-        print(
-            f"part {options.part[0]} of 0 to {options.part[1] - 1} is packed; then: sltscale shards merge {options.out}"
-        )
+        number, count = options.part
+        print(f"part {number}/{count} is packed; when all {count} are: sltscale shards merge {options.out}")
     else:
         print(f"rejected clips by id, texts, durations and pictures to look at: {options.out / 'report.html'}")
     return 0
 
 
 def _fraction(text: str) -> Fraction:
-    try:
-        return Fraction(text)
-    except ZeroDivisionError:
-        raise ValueError from None
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}|/[1-9][0-9]{0,8})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a rate such as 25, 12.5 or 30000/1001")
+    return Fraction(text)
 
 
 def _box(text: str) -> tuple[float, float, float, float]:
-    left, top, right, bottom = map(float, text.split(","))
+    try:
+        left, top, right, bottom = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected four shares such as 0.1,0,0.9,1") from None
     return left, top, right, bottom
 
 
 def _part(text: str) -> tuple[int, int]:
-    number, count = text.split("/")
-    return int(number), int(count)
+    try:
+        number, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected I/N such as 0/16") from None
+    return number, count
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from sltscale.errors import InputError
 
 SPLITS = ("train", "dev", "test")
 ASPECTS = ("squash", "keep")
-# Limits of stored clips; a frame of this size is just below the limit on pixels in video.py.
+# Limits of stored clips; a frame of this size is just below the limit on pixels in video/limits.py.
 MAX_FRAME_SIZE = 2998
 MAX_FPS = 1000
 MAX_MARGIN = 10

@@ -4,6 +4,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -167,6 +168,7 @@ def test_unusable_files_are_one_clear_line(corpus: str, header: str, row: str, t
         "header": (f"{header}\n".encode(), "no rows"),
         "commas": (f"{wrong}\nx\n".encode(), "separated by ',' in its first line, expected .* separated by"),
         "column": (f"{header}_\n{row}\n".encode(), f"column '{column}' is missing; the nearest is '{column}_'"),
+        "twice": (f"{header}{separator}{column}\n{row}{separator}x\n".encode(), f"column '{column}' is there twice"),
         "latin": (f"{header}\n{row}\n".encode("latin-1"), "line 2: not UTF-8"),
         "utf16": (f"{header}\n{row}\n".encode("utf-16"), "line 1: not UTF-8"),
         "video": (b"\x00\x00\x00\x20ftypisom\xff\xfe", "line 1: not UTF-8"),
@@ -179,8 +181,10 @@ def test_unusable_files_are_one_clear_line(corpus: str, header: str, row: str, t
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     with pytest.raises(InputError, match="No such file"):
         read_corpus(corpus, [tmp_path / "missing.train.tsv"], videos)
-    with pytest.raises(InputError, match="Is a directory"):
-        read_corpus(corpus, [tmp_path], videos, split="train")
+    os.mkfifo(tmp_path / "pipe.train")
+    for never_ends in (tmp_path, tmp_path / "pipe.train", Path("/dev/zero")):
+        with pytest.raises(InputError, match="not a regular file"):
+            read_corpus(corpus, [never_ends], videos, split="train")
     with pytest.raises(InputError, match=r"folder .*nowhere: No such file"):
         read_corpus(corpus, [write(tmp_path / "a.train.tsv", header, row)], tmp_path / "nowhere")
 

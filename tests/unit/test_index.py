@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from source_videos import write_video
 
 from sltscale.data.clips import Clip, Cutting
+from sltscale.data.shards.columns import ColumnFile, write_columns
 from sltscale.data.shards.index import Index, Row, Shard, open_index, splits, write_index
 from sltscale.data.shards.verify import check_shards, verify
 from sltscale.data.shards.writing import write_shards
@@ -252,6 +253,31 @@ def test_reading_a_damaged_clip_is_an_input_error(folder: Path) -> None:
     damage(folder, "missing")
     with pytest.raises(InputError, match="No such file"):
         open_index(folder, "dev").video_bytes(3)
+
+
+@pytest.mark.parametrize("size", [1 << 50, -5])
+def test_a_false_index_cannot_ask_for_more_than_the_shard_holds(folder: Path, size: int) -> None:
+    """Its checksum holds, as whoever wrote it made that too."""
+    file = ColumnFile(folder / "dev.index.safetensors")
+    columns = {name: np.array(column) for name, column in file.columns.items()}
+    columns["size"][0], columns["record"][1] = size, (0, size)
+    write_columns(file.path, columns, file.metadata)
+    index = open_index(folder, "dev")
+    with pytest.raises(InputError, match="is not the one in the index"):
+        index.video_bytes(0)
+    assert [defect.shard for defect in verify(index)] == index.shards[:1]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("shard", 99), ("shard", -1), ("language", 7), ("frames", 0), ("fps", (0, 0))]
+)
+def test_an_index_with_impossible_numbers_is_refused(folder: Path, column: str, value: object) -> None:
+    file = ColumnFile(folder / "dev.index.safetensors")
+    columns = {name: np.array(numbers) for name, numbers in file.columns.items()}
+    columns[column][1] = value
+    write_columns(file.path, columns, file.metadata)
+    with pytest.raises(InputError, match=f"column {column} has numbers"):
+        open_index(folder, "dev")
 
 
 def test_a_flipped_byte_in_the_index_itself(folder: Path) -> None:

@@ -33,6 +33,7 @@ from openasl_corpus import (
 from source_videos import bare_decode, real_video
 
 from sltscale.data.clips import Clip, Cutting
+from sltscale.data.shards import writing
 from sltscale.data.shards.index import open_index, splits
 from sltscale.data.shards.merge import merge
 from sltscale.data.shards.writing import make_shards, write_shards
@@ -302,6 +303,51 @@ def test_tool_prints_one_line_and_exits_with_2(tmp_path: Path, corpus: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "No such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--fps", "1/0", "expected a rate"),
+        ("--fps", "1e400", "expected a rate"),
+        ("--crop", "0,0,1", "expected four shares"),
+        ("--part", "3", "expected I/N"),
+        ("--workers", "0", "0 workers: expected at least 1"),
+    ],
+)
+def test_options_of_the_tool_are_read_strictly(
+    tmp_path: Path, corpus: Path, option: str, value: str, expected: str
+) -> None:
+    done = subprocess.run(tool(corpus, tmp_path / "out", option, value), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and expected in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_progress_goes_into_the_log_of_a_batch_job(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(writing, "LOGGED_SECONDS", 0.0)
+    pack(corpus, tmp_path / "out", progress=True)
+    assert "train:" in capsys.readouterr().err
+
+
+def test_webdataset_is_imported_without_pickles_and_pipes() -> None:
+    code = "import sltscale.data.shards.writing, webdataset.utils; print(webdataset.utils.enforce_security)"
+    for given in ("0", ""):
+        environment = os.environ | {"WDS_SECURE": given}
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+        )
+        assert found.stdout == "True\n", found.stderr
+
+
+def test_what_is_shown_may_be_read_in_part(packed: Path) -> None:
+    """As in ``sltscale shards show FOLDER | head``."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "sltscale.cli", "shards", "show", str(packed)]
+    with os.fdopen(write) as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 HOLD = """

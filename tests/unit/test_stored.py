@@ -1,6 +1,7 @@
 """Stored clips decoded without FFmpeg's demuxer, against FFmpeg's demuxer."""
 
 import io
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -90,6 +91,17 @@ def test_what_cannot_be_given_is_refused() -> None:
         with pytest.raises(VideoError):
             decode_clip(broken)
     np.testing.assert_array_equal(planes(data, [4])[0], demuxed(data)[4])  # the decoder has not suffered
+
+
+def test_a_sample_table_cannot_promise_more_than_the_file_holds() -> None:
+    """With one size for all pictures, a table of 20 bytes may count four thousand millions of them."""
+    data = stored(5)
+    sizes, runs = data.index(b"stsz") + 8, data.index(b"stsc") + 8
+    for at, values in ((sizes, (1, 2**32 - 1)), (sizes, (1, len(data) + 1)), (runs, (1, 0, 5)), (runs, (1, 2, 5))):
+        broken = bytearray(data)
+        struct.pack_into(f">{len(values)}I", broken, at, *values)
+        with pytest.raises(ValueError, match=r"pictures in \d+ bytes|not in order"):
+            find_samples(bytes(broken))
 
 
 MUTATIONS = """

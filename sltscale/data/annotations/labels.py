@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sltscale.data.annotations.tables import MAX_BYTES, BadRow
+from sltscale.data.annotations.tables import BadRow, check_file
 from sltscale.errors import InputError
 
 GZIP = b"\x1f\x8b"
@@ -40,8 +40,10 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def is_labels(path: Path) -> bool:
-    """Whether the file begins as a gzip file does; False also if it cannot be opened."""
+    """Whether this is a regular file that begins as gzip files do; False also if it cannot be opened."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(len(GZIP)) == GZIP
     except OSError:
@@ -98,14 +100,14 @@ def label_images(label: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 def _check_size(path: Path) -> None:
     unpacked = 0
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise InputError(f"annotation file {path}: {size} bytes, expected at most {MAX_BYTES}")
+        check_file(path)
         with gzip.open(path) as file:
             while piece := file.read(_BUFFER):
                 unpacked += len(piece)
                 if unpacked > MAX_UNPACKED_BYTES:
                     raise InputError(f"{path}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; that is no label file")
+    except BadRow as error:
+        raise InputError(f"annotation file {path}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or _one_line(error)
         raise InputError(f"{path}: not a readable gzip file ({reason}); download it again") from None

@@ -6,6 +6,7 @@ import csv
 import difflib
 import json
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -95,12 +96,10 @@ def read_lines(path: Path) -> list[str]:
 def text_lines(path: Path) -> list[str]:
     """The file's lines without their ends; unlike str.splitlines, text may hold other separators (U+2028).
 
-    BadRow if the file cannot be read, is empty, is not UTF-8 or has more than MAX_BYTES.
+    BadRow as check_file, and if the file cannot be read, is empty or is not UTF-8.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise BadRow(f"{size} bytes, expected at most {MAX_BYTES}; split the file")
+        check_file(path)
         content = path.read_bytes()
     except OSError as error:
         raise BadRow(error.strerror) from None
@@ -117,7 +116,19 @@ def text_lines(path: Path) -> list[str]:
     return lines
 
 
+def check_file(path: Path) -> None:
+    """BadRow if the file has more than MAX_BYTES or is not a regular one: a pipe or device may never end."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise BadRow("not a regular file")
+    if facts.st_size > MAX_BYTES:
+        raise BadRow(f"{facts.st_size} bytes, expected at most {MAX_BYTES}; split the file")
+
+
 def _check_columns(path: Path, line: str, header: list[str], columns: Sequence[str], separator: str) -> None:
+    twice = next((column for column in header if header.count(column) > 1), "")
+    if twice:
+        raise InputError(f"{path}: column {twice!r} is there twice; expected {', '.join(columns)} once each")
     missing = [column for column in columns if column not in header]
     if not missing:
         return

@@ -71,7 +71,7 @@ def stream(
 def evaluation_batches(
     clips: Selection, settings: DataSettings, batches: Sequence[Sequence[int]]
 ) -> Iterator[VideoBatch]:
-    """The batches of clip numbers (from ``plan.evaluation_shares``), in order, with the deterministic transforms.
+    """The batches of clip numbers (from ``dealing.evaluation_shares``), in order, with the deterministic transforms.
 
     Raises InputError as ``stream`` does.
     """

@@ -64,6 +64,7 @@ class ColumnFile:
             _check_shapes(self.columns)
             if any(Path(shard["name"]).name != shard["name"] for shard in self.metadata["shards"]):
                 raise ValueError("a shard name is a path")
+            _check_values(self.columns, self.metadata)
         except OSError as error:
             raise InputError(f"index {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,3 +131,18 @@ def _check_shapes(columns: dict[str, np.ndarray]) -> None:
         offsets = columns[f"{name}_offsets"]
         if offsets.shape != (clips + 1,) or offsets[-1] != len(columns[name]):
             raise ValueError(f"column {name} does not fit its offsets")
+
+
+def _check_values(columns: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """What a reader would stumble over: an index may come from anywhere, and its checksum with it."""
+    shards = metadata["shards"]
+    if not isinstance(metadata["corpus"], str) or not isinstance(metadata["frame_size"], int):
+        raise ValueError("it does not say its corpus and frame size")
+    if not all(isinstance(shard["name"], str) and isinstance(shard["bytes"], int) for shard in shards):
+        raise ValueError("a shard without name or size")
+    for name, end in {"shard": len(shards), "language": len(metadata["languages"])}.items():
+        if len(columns[name]) and not 0 <= columns[name].min() <= columns[name].max() < end:
+            raise ValueError(f"column {name} has numbers outside 0 to {end - 1}")
+    for name in ("frames", "fps"):
+        if len(columns[name]) and columns[name].min() < 1:
+            raise ValueError(f"column {name} has numbers below 1")

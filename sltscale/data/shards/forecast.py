@@ -121,7 +121,7 @@ def check_space(out: Path, expected: Forecast) -> None:
 
 def printed(size: float) -> str:
     """A number of bytes, in kB, MB or GB."""
-    unit, factor = ("GB", 1e9) if size >= 1e8 else ("MB", 1e6) if size >= 1e5 else ("kB", 1e3)
+    unit, factor = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e6 else ("kB", 1e3)
     return f"{size / factor:.1f} {unit}"
 
 

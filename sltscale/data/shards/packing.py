@@ -4,7 +4,7 @@ A thread of this process looks after each worker: it hands over one clip at a ti
 sign of life at least every CLIP_SECONDS. A worker that crashes or falls silent costs its clip a second try, alone on
 the machine, so that lack of memory or a slow disk is not taken for a fault of the video; then the clip is rejected.
 
-Apart from shards.py, so that workers import nothing heavy.
+Apart from writing.py, so that workers import nothing heavy.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from sltscale.errors import InputError
 OPEN_SHARDS = 64
 THREADS = 8
 TRIES = 5
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between tries; doubled each time
+FIRST_PAUSE = 0.5  # seconds between tries; doubled each time
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 30.0, 300.0
 PART = 8 << 20  # bytes that a request asks for at most, when a whole file is read
 
@@ -116,7 +116,8 @@ class _Descriptor:
 
     def read(self, offset: int, size: int) -> bytes:
         parts = []
-        while size and (part := os.pread(self.number, size, offset)):
+        size = min(size, os.fstat(self.number).st_size - offset)  # or what a false index asks for would be allocated
+        while size > 0 and (part := os.pread(self.number, size, offset)):
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return b"".join(parts)
@@ -240,7 +241,7 @@ class RemoteShards:
         for number in range(TRIES):
             if number:
                 # The operating system's randomness: the generators' states belong to the training.
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1))
+                pause = FIRST_PAUSE * 2 ** (number - 1)
                 time.sleep(pause * (0.5 + secrets.randbelow(1000) / 2000))
             try:
                 return attempt(client.filesystem)

@@ -60,7 +60,7 @@ class Thumbnail:
 
 
 def page(facts: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
-    """A whole HTML document. facts: as ``shard_report.shard_facts`` gives them."""
+    """A whole HTML document. facts: as ``report.shard_facts`` gives them."""
     splits = list(facts["splits"])
     title = f"Shards: {', '.join(facts['corpus']) or 'no clip was packed'}"
     style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()

@@ -170,14 +170,15 @@ def _read(index: Index, files: LocalShards | RemoteShards, number: int) -> _Shar
     faults: dict[int, str] = {}
     reasons = []
     try:
-        if files.size(name) is None:
+        total = files.size(name)
+        if total is None:
             return _compare_size(index, number, None)
         with files.open(name) as file:
             if file.peek(BLOCK)[257:262] not in (b"ustar", b""):
                 reasons.append("not a tar file")
             for clip in clips:
                 begin, end = index.record[clip].tolist()
-                record = file.read(end - begin)
+                record = file.read(max(0, min(end - begin, total)))
                 if reason := _difference(index, clip, record):
                     faults[clip] = reason
                 digest.update(record)

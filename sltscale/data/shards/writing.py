@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,12 +38,13 @@ from sltscale.data.video.encoding import PackedClip
 from sltscale.data.video.presets import PRESETS
 from sltscale.errors import InputError
 
-os.environ.setdefault("WDS_SECURE", "1")  # read at import: no pickles, no shell pipes
+os.environ["WDS_SECURE"] = "1"  # read at import: no pickles, no shell pipes
 
 import webdataset
 
 CLIPS_PER_SHARD = 500
 KEY_LENGTH = 80
+LOGGED_SECONDS = 60.0  # between lines on progress where nobody watches
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -83,7 +85,7 @@ def make_shards(
         )
         for chosen in chosen_splits(read, split, annotations)
     ]
-    reports = packer.pack(jobs, workers or len(os.sched_getaffinity(0)), progress)
+    reports = packer.pack(jobs, len(os.sched_getaffinity(0)) if workers is None else workers, progress)
     if part is None:
         check_any_packed(reports)
     return reports
@@ -202,11 +204,19 @@ def _pack_split(job: _Job, cutting: Cutting, workers: int, progress: bool) -> No
     todo = [number for number in job.numbers if job.parts.read(number) is None]
     clips = [clip for number in todo for clip in job.shard(number)]
     total = sum(len(job.shard(number)) for number in job.numbers)
-    disable = None if progress else True
-    with (
-        tqdm(total=total, initial=total - len(clips), desc=job.parts.split, unit="clip", disable=disable) as bar,
-        packing(clips, cutting, workers) as packed,
-    ):
+    # In the log of a batch job a line now and then, of a short run none.
+    pause = 0.1 if sys.stderr.isatty() else LOGGED_SECONDS
+    bar = tqdm(
+        total=total,
+        initial=total - len(clips),
+        desc=job.parts.split,
+        unit="clip",
+        disable=not progress,
+        mininterval=pause,
+        maxinterval=max(10.0, pause),
+        delay=pause,
+    )
+    with bar, packing(clips, cutting, workers) as packed:
         for number in todo:
             chosen = [(clip, keys[clip.id]) for clip in job.shard(number)]
             job.parts.write(number, _write_tar(job.parts.tar(number), chosen, packed, bar))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 # FFmpeg's decoders; the one that it calls av1 needs a graphics card.
 DECODERS = {b"avc1": "h264", b"hev1": "hevc", b"hvc1": "hevc", b"av01": "libdav1d", b"mp4v": "mjpeg"}
@@ -73,8 +74,8 @@ def _places(data: bytes, boxes: dict[bytes, tuple[int, int]]) -> list[tuple[int,
     """Pictures lie one behind the other in chunks; a table says how many are in each."""
     begin, end = boxes[b"stsz"]
     fixed, count = struct.unpack_from(">II", data, begin + 4)
-    if count > (end - begin) // 4 and not fixed:
-        raise ValueError(f"{count} pictures in a table of {end - begin} bytes")
+    if count > (len(data) // fixed if fixed else (end - begin) // 4):
+        raise ValueError(f"{count} pictures in {len(data)} bytes")
     sizes = [fixed] * count if fixed else struct.unpack_from(f">{count}I", data, begin + 12)
     wide = b"co64" in boxes
     begin, _ = boxes[b"co64" if wide else b"stco"]
@@ -83,6 +84,9 @@ def _places(data: bytes, boxes: dict[bytes, tuple[int, int]]) -> list[tuple[int,
     begin, _ = boxes[b"stsc"]
     (runs,) = struct.unpack_from(">I", data, begin + 4)
     entries = [struct.unpack_from(">III", data, begin + 8 + 12 * run) for run in range(runs)]
+    firsts = [0, *(first for first, _, _ in entries), chunks + 1]
+    if any(a >= b for a, b in pairwise(firsts)):
+        raise ValueError("its runs of chunks are not in order")
     places: list[tuple[int, int]] = []
     for run, (first, in_chunk, _) in enumerate(entries):
         last = entries[run + 1][0] - 1 if run + 1 < runs else chunks
