@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+from sltscale.method_settings import (  # noqa: F401 - the whole tree can be had from here
+    ActivationSettings,
+    C2RLSettings,
+    DinoSettings,
+    GFSLTSettings,
+    GFSLTVLPSettings,
+    HFAPretrainingSettings,
+    HFATranslationSettings,
+    HFAVisualSettings,
+    LanguageModelSettings,
+    LocalTemporalSettings,
+    LoraSettings,
+    MethodSettings,
+    PackedTemporalSettings,
+    PackedVisualSettings,
+    Positive,
+    ResNetSettings,
+    Settings,
+    Share,
+    TextDecoderSettings,
+    TextEncoderSettings,
+    TransformerSettings,
+    TranslationSettings,
+    VisualSettings,
+)
 
 
 class SyntheticSettings(Settings):
@@ -46,7 +64,8 @@ class DataSettings(Settings):
     A global batch holds at most ``global_batch`` clips, or ``global_frames`` frames counted as if every clip were
     padded to the longest, or both. bucket_window: clips of similar length go together, chosen from this many
     consecutive ones of the epoch's order; 0 takes them as they come. batch_multiple: with global_frames, numbers of
-    clips are multiples of it, so that this many ranks get equal shares.
+    clips are multiples of it, so that this many ranks get equal shares. micro_frames: what fits into memory; a rank's
+    share of a batch goes through the model in parts of at most so many frames, as many as it takes.
     """
 
     shards: str
@@ -64,6 +83,7 @@ class DataSettings(Settings):
     global_frames: Positive | None = None
     bucket_window: Annotated[int, Field(ge=0)] = 0
     batch_multiple: Positive = 1
+    micro_frames: Positive | None = None
     workers: Annotated[int, Field(ge=0)] = 1
 
     @model_validator(mode="after")
@@ -72,6 +92,13 @@ class DataSettings(Settings):
             raise ValueError("neither global_batch nor global_frames is set")
         if self.global_frames is not None and not self.bucket_window:
             raise ValueError("global_frames needs bucket_window, e.g. 4096: batches of mixed lengths would waste it")
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> DataSettings:
+        # With room for any two clips, a batch can always be dealt into parts that are not empty.
+        if self.micro_frames is not None and self.micro_frames < 2 * self.max_frames:
+            raise ValueError(f"micro_frames {self.micro_frames} is less than twice max_frames {self.max_frames}")
         return self
 
     @model_validator(mode="after")
@@ -92,93 +119,18 @@ class TextSettings(Settings):
     max_tokens: Positive = 128
 
 
-class ResNetSettings(Settings):
-    """A transformers ``ResNetModel``. pretrained: folder or hub name that weights and sizes are taken from."""
-
-    pretrained: str | None = None
-    embedding_size: Positive = 64
-    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)
-    depths: tuple[Positive, ...] = (2, 2, 2, 2)
-    layer_type: Literal["basic", "bottleneck"] = "basic"
-
-
-class TransformerSettings(Settings):
-    """mBART-style blocks: learned positions, pre-norm, final norm."""
-
-    layers: Positive = 3
-    width: Positive = 512
-    heads: Positive = 8
-    feed_forward: Positive = 2048
-    dropout: Share = 0.1
-    activation: Literal["relu", "gelu"] = "relu"
-    max_positions: Positive = 1024
-
-
-class VisualSettings(Settings):
-    """Frames to visual tokens: ResNet, temporal convolution (kernel, length kept), linear, transformer."""
-
-    frames: ResNetSettings = ResNetSettings()
-    kernel: Positive = 3
-    transformer: TransformerSettings = TransformerSettings()
-
-
-class C2RLSettings(Settings):
-    """C2RL pretraining (arXiv 2408.09949): L = alpha L_con + beta L_lm."""
-
-    name: Literal["c2rl"]
-    visual: VisualSettings = VisualSettings()
-    text_encoder: TransformerSettings = TransformerSettings()
-    text_decoder: TransformerSettings = TransformerSettings()
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-    beta: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: Share = 0.2
-    inner_temperature: Annotated[float, Field(gt=0)] = 0.07
-    mask_inner: bool = True
-    mix: Literal["sum2", "cico4"] = "sum2"
-    max_logit_scale: Annotated[float, Field(gt=0)] = 100.0
-
-
-class LanguageModelSettings(Settings):
-    """An mBART-architecture encoder-decoder. pretrained: folder or hub name whose weights and sizes it takes.
-
-    init_std: deviation of random weights. mBART's 0.02 is meant for a width of 1024; narrow models learn sooner with
-    about 1 / sqrt(width).
-    """
-
-    pretrained: str | None = None
-    width: Positive = 1024
-    encoder_layers: Positive = 12
-    decoder_layers: Positive = 12
-    heads: Positive = 16
-    feed_forward: Positive = 4096
-    dropout: Share = 0.3
-    attention_dropout: Share = 0.1
-    activation: Literal["relu", "gelu"] = "gelu"
-    max_positions: Positive = 1024
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-
-
-class TranslationSettings(Settings):
-    """Visual encoder, linear projection, mBART-architecture encoder-decoder, trained end to end."""
-
-    name: Literal["translation"]
-    visual: VisualSettings = VisualSettings()
-    language_model: LanguageModelSettings = LanguageModelSettings()
-    label_smoothing: Share = 0.2
-
-
-MethodSettings = Annotated[C2RLSettings | TranslationSettings, Field(discriminator="name")]
-
-
 class StartSettings(Settings):
     """Where the first weights come from: another recipe (trained first if its run is missing) or a run folder.
 
-    parts: the submodules taken over; each must exist in both models with the same shapes.
+    parts: the submodules taken over, "NAME", or "NAME -> OWN NAME" where this model calls it otherwise; each must exist
+    in both models with the same shapes. fresh: submodules and parameters inside these, by this model's names, that
+    keep the weights they were drawn with.
     """
 
     recipe: str | None = None
     run: str | None = None
     parts: tuple[str, ...] = ("visual",)
+    fresh: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> StartSettings:
@@ -187,37 +139,123 @@ class StartSettings(Settings):
         return self
 
 
+Algorithm = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["constant", "cosine", "cosine_epoch", "one_cycle"]
+
+
+class OneCycleSettings(Settings):
+    """As torch's OneCycleLR: the rate goes from lr / start_divisor up to lr in the first ``warmup_share`` of all steps,
+    then down to lr / start_divisor / end_divisor in the last one, each on half a cosine. momentum: lowest and highest
+    value of what goes the other way, SGD's momentum or Adam's first beta; none leaves it as it is."""
+
+    warmup_share: Share = 0.3
+    start_divisor: Annotated[float, Field(gt=0)] = 25.0
+    end_divisor: Annotated[float, Field(gt=0)] = 1e4
+    momentum: tuple[Share, Share] | None = (0.85, 0.95)
+
+
 class GroupSettings(Settings):
-    """Learning rate of all parameters under one submodule, e.g. part = "language_model"."""
+    """A rule for some parameters; the first rule that a parameter matches is its own.
+
+    part: a submodule or parameter ("language_model.model.encoder"), or a pattern for such ("*.encoder.layers.[0-5]").
+    only: among these only LoRA matrices, or only norms and biases (all 1-D parameters). frozen: not trained; modules
+    without a trained parameter run in evaluation mode. period: steps from one update to the next, counted from the
+    start of each epoch; in between, weights and optimizer state stay and the gradient is dropped.
+
+    The rest means what it means in optim and is taken from there if not given. weight_decay in a rule with
+    only = "norm_bias" applies to them.
+    """
 
     part: str
-    lr: Annotated[float, Field(ge=0)]
+    only: Literal["lora", "norm_bias"] | None = None
+    frozen: bool = False
+    period: Positive = 1
+    name: Algorithm | None = None
+    lr: Annotated[float, Field(ge=0)] | None = None
+    betas: tuple[float, float] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    schedule: Schedule | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    one_cycle: OneCycleSettings | None = None
+
+    @model_validator(mode="after")
+    def _frozen_says_all(self) -> GroupSettings:
+        others = self.model_fields_set - {"part", "only", "frozen"}
+        given = sorted(name for name in others if getattr(self, name) != type(self).model_fields[name].default)
+        if self.frozen and given:
+            raise ValueError(f"{self.part} is frozen and sets {', '.join(given)}; remove one of the two")
+        return self
 
 
 class OptimSettings(Settings):
     """name: sgd is SGD with momentum 0.9 and Nesterov. Weight decay spares biases and norms (1-D parameters).
 
-    schedule cosine: per optimizer step from lr to min_lr after warmup_steps of linear warm-up.
+    schedule: "cosine" per optimizer step from lr to min_lr after warmup_steps of linear warm-up; "cosine_epoch" the
+    same per epoch, as timm and torch step it (epochs 0 and 1 both at lr), without warm-up; "one_cycle" per step;
+    "constant" after warm-up. clip_norm: highest global L2 norm of the gradients of all parameters that the step
+    updates, or none.
     """
 
-    name: Literal["sgd", "adam", "adamw"]
+    name: Algorithm
     lr: Annotated[float, Field(gt=0)]
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    one_cycle: OneCycleSettings = OneCycleSettings()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     groups: tuple[GroupSettings, ...] = ()
 
+    def of_group(self, group: GroupSettings) -> OptimSettings:
+        """What holds for the parameters of ``group``: its own values, for the rest these."""
+        own = {name: value for name, value in group if name in type(self).model_fields and value is not None}
+        return self.model_copy(update={**own, "groups": ()})
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> OptimSettings:
+        everyone = [("", self), *((f"{group.part}: ", self.of_group(group)) for group in self.groups)]
+        for where, settings in everyone:
+            if settings.warmup_steps and settings.schedule in ("cosine_epoch", "one_cycle"):
+                raise ValueError(
+                    f"{where}warmup_steps {settings.warmup_steps} does not go with {settings.schedule}; set it to 0"
+                )
+            if settings.min_lr and settings.min_lr > settings.lr:
+                raise ValueError(f"{where}min_lr {settings.min_lr} is above lr {settings.lr}; set both")
+        return self
+
+
+class BestSettings(Settings):
+    """A score on the dev split, by its name in metrics.json, e.g. "bleu4" or "t2v_recall@1"; whether more is better."""
+
+    score: str
+    mode: Literal["max", "min"] = "max"
+
 
 class TrainSettings(Settings):
-    """Length of the run and how often it speaks and saves, in optimizer steps."""
+    """Length of the run and how often it speaks and saves, in optimizer steps.
+
+    keep_best: the checkpoint with the best score among those of evaluation.every_epochs, and the last, stays beside the
+    newest keep_checkpoints. select: which one the run ends in. max_skipped: a step whose loss or gradient is not finite
+    is skipped; after so many in a row the run stops. watchdog_seconds: a step, or the start-up, that takes longer is
+    taken for a hang.
+    """
 
     epochs: Positive
     log_every: Positive = 50
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
+    keep_best: BestSettings | None = None
+    select: Literal["last", "best"] = "last"
+    max_skipped: Positive = 5
+    watchdog_seconds: Annotated[float, Field(gt=0)] = 1800.0
+
+    @model_validator(mode="after")
+    def _best_of_what(self) -> TrainSettings:
+        if self.select == "best" and self.keep_best is None:
+            raise ValueError('select is "best", but keep_best names no score')
+        return self
 
 
 class EvaluationSettings(Settings):
@@ -246,24 +284,18 @@ class Recipe(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
+    def _best_is_looked_for(self) -> Recipe:
+        if self.train.keep_best is not None and self.evaluation.every_epochs is None:
+            raise ValueError("train.keep_best needs scores to compare: set evaluation.every_epochs, e.g. 1")
+        return self
+
+    @model_validator(mode="after")
     def _lengths_fit(self) -> Recipe:
         """What is longer than a model's positions would only be found at the first long clip or sentence."""
-        wanted: list[tuple[str, int, str, TransformerSettings | LanguageModelSettings]] = [
-            ("data.max_frames", self.data.max_frames, "method.visual.transformer", self.method.visual.transformer)
-        ]
-        towers: dict[str, Any] = {}
-        if isinstance(self.method, C2RLSettings):
-            towers = {"text_encoder": self.method.text_encoder, "text_decoder": self.method.text_decoder}
-        elif self.method.language_model.pretrained is None:
-            language_model = self.method.language_model
-            towers = {"language_model": language_model}
-            wanted.append(("data.max_frames", self.data.max_frames, "method.language_model", language_model))
-            generated = self.evaluation.max_new_tokens + 1  # the language code comes first
-            wanted.append(("evaluation.max_new_tokens + 1", generated, "method.language_model", language_model))
-        wanted += [("text.max_tokens", self.text.max_tokens, f"method.{name}", part) for name, part in towers.items()]
-        for key, length, part, settings in wanted:
-            if length > settings.max_positions:
-                raise ValueError(f"{key} is {length}, more than {part}.max_positions {settings.max_positions}")
+        generated = self.evaluation.max_new_tokens + 1  # the language code comes first
+        for key, length, part, positions in self.method.lengths(self.data.max_frames, self.text.max_tokens, generated):
+            if length > positions:
+                raise ValueError(f"{key} is {length}, more than method.{part}.max_positions {positions}")
         return self
 
     def to_json(self) -> str:

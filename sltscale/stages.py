@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sltscale import config, parallel
@@ -19,20 +20,25 @@ from sltscale.data.batches.plan import Plan
 from sltscale.data.batches.selection import Selection
 from sltscale.data.batches.splits import open_splits, training_parts
 from sltscale.data.batches.stream import check_frame_size, stream
+from sltscale.data.lexicon import Lexicon, build_lexicon, load_lexicon
 from sltscale.data.synthetic.demo import ensure_synthetic_shards
+from sltscale.data.tagging import tagger
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
-from sltscale.engine import checkpoint, loop
+from sltscale.data.word_vectors import Vectors, corpus_vectors
+from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, read_deepspeed_json, start_processes
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
+from sltscale.engine.watchdog import Watchdog
 from sltscale.errors import InputError
+from sltscale.evaluation import retrieval, translation
 from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.files import write_atomically
 from sltscale.methods import export
-from sltscale.recipe_files import load_recipe
+from sltscale.recipe_files import load_recipe, nearest
 
 Scores = dict[str, Any]
 HEADLINES = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "t2v_recall@1", "v2t_recall@1", "t2v_recall@5")
@@ -60,7 +66,14 @@ def run(deepspeed_path: Path, recipe_name: str, overrides: Sequence[str], run_fo
     deepspeed_json = read_deepspeed_json(deepspeed_path)
     stages = plan_stages(recipe_name, overrides, run_folder)
     for stage in stages:
+        _check_best(stage.recipe)
         stage.folder.check(stage.recipe)
+    with Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
+        _run_stages(stages, deepspeed_json, watchdog, began)
+
+
+def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: Watchdog, began: float) -> None:
+    watchdog.watch("the start-up")
     for line in heal_stale_compile_locks():
         print(line, file=sys.stderr, flush=True)
     first = stages[0].recipe.data
@@ -77,9 +90,25 @@ def run(deepspeed_path: Path, recipe_name: str, overrides: Sequence[str], run_fo
     device = start_processes()
     scores: list[Scores] = []
     for stage in stages:
-        scores.append(train_stage(stage, deepspeed_json, device, began))
+        scores.append(train_stage(stage, deepspeed_json, device, watchdog, began))
         began = time.perf_counter()
     parallel.on_rank_zero(lambda: _summarise(stages, scores))
+
+
+def _check_best(recipe: config.Recipe) -> None:
+    """InputError if the best is looked for by a score that no evaluation gives."""
+    best, two = recipe.train.keep_best, ["a b", "c d"]
+    if best is None:
+        return
+    convention = recipe.evaluation.convention
+    known = {
+        **translation.score(two, two, language="en", convention=convention),
+        "bleu4_shuffled": 0.0,
+        **retrieval.score_both(np.eye(2), two),
+    }
+    names = [name for name, value in known.items() if isinstance(value, int | float)]
+    if best.score not in names:
+        raise InputError(f"recipe {recipe.name}: train.keep_best.score {best.score!r}; {nearest(best.score, names)}")
 
 
 def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> list[Stage]:
@@ -110,12 +139,16 @@ def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | N
         recipe, path = earlier, path.parent / earlier.name
 
 
-def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.device, began: float) -> Scores:
+def train_stage(
+    stage: Stage, deepspeed_json: dict[str, Any], device: torch.device, watchdog: Watchdog, began: float
+) -> Scores:
     """Train to the end (from the last good checkpoint, if there is one), export, score the test split.
 
     began: ``perf_counter`` when the work for this stage began.
     """
     recipe, folder = stage.recipe, stage.folder
+    watchdog.seconds = recipe.train.watchdog_seconds
+    watchdog.watch(f"the preparation of {recipe.name}")
     status = parallel.on_rank_zero(folder.status)
     if status["state"] == "finished":
         if parallel.rank() == 0:
@@ -131,22 +164,31 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
     plan = _training_plan(recipe, splits["train"])
     plan.check_world_size(parallel.world_size(), recipe.train.epochs)
     total_steps = plan.steps(recipe.train.epochs)
-    method = export.build(recipe, tokenizer)
+    latest, complaints = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(folder.checkpoints))
+    if latest is not None:
+        manifest.check_recipe(latest, recipe)
+        if plan.step_at(latest.manifest["data"]) != latest.step:
+            raise InputError(f"{latest.folder}: its place in the data is not that of step {latest.step}")
+    lexicon = _lexicon(stage, splits["train"])
+    method = export.build(recipe, tokenizer, lexicon)
     if stage.starts_from is not None and recipe.start is not None:
-        export.transfer(method, stage.starts_from, recipe.start.parts)
-    engine = build_engine(method.to(device), recipe.optim, deepspeed_json)
+        export.transfer(method, stage.starts_from, recipe.start.parts, recipe.start.fresh)
+    engine = build_engine(
+        method.to(device), recipe.optim, deepspeed_json, micro_batches=recipe.data.micro_frames is not None
+    )
 
     digests = {split: clips.digest for split, clips in splits.items()}
-    parallel.on_rank_zero(lambda: folder.open(recipe, deepspeed_json, digests, parallel.world_size()))
+    folder.join(parallel.on_rank_zero(lambda: folder.open(recipe, deepspeed_json, digests, parallel.world_size())))
+    watchdog.folder = folder
     parallel.on_rank_zero(lambda: folder.record_bad_clips(damaged))
     parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
-    latest, complaints = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(folder.checkpoints))
+    if lexicon is not None:
+        parallel.on_rank_zero(lambda: lexicon.save(folder.lexicon))
+    parallel.on_rank_zero(lambda: _check_nothing_came_between(folder, latest, complaints))
     first_step = 0
     if latest is not None:
         checkpoint.restore(engine, latest)
         first_step = latest.step
-        if plan.step_at(latest.manifest["data"]) != first_step:
-            raise InputError(f"{latest.folder}: its place in the data is not that of step {first_step}")
     telemetry = Telemetry(recipe.name, folder if parallel.rank() == 0 else None, first_step, total_steps)
     for complaint in complaints:
         telemetry.say(f"warning: {complaint}; going on from an earlier one")
@@ -156,9 +198,12 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
         telemetry.say(f"warning: {len(damaged)} damaged clips are left out, see {folder.path / 'bad_clips.jsonl'}")
 
     def evaluate(committed: checkpoint.Checkpoint) -> None:
+        folder.check_owner()
         epoch = plan.epoch_of(committed.step)
         out = folder.path / "evaluation" / f"dev-epoch-{epoch:04d}"
-        scores = _score(stage, tokenizer, committed, splits["dev"], out, device)
+        scores = _score(stage, tokenizer, lexicon, committed, splits["dev"], out, device)
+        best = recipe.train.keep_best
+        parallel.on_rank_zero(lambda: keeping.note_scores(folder.checkpoints, committed.step, scores, best))
         telemetry.scalars(committed.step, "dev", scores)
         telemetry.samples(committed.step, text_samples(out, recipe.evaluation.samples))
         telemetry.say(f"{recipe.name} dev after epoch {epoch}: {_brief(scores)}")
@@ -174,6 +219,11 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
         last_step=total_steps,
         training=True,
     )
+    watchdog.rest()
+    if latest is not None and loop.evaluation_due(plan, first_step, recipe):
+        scored = parallel.on_rank_zero(lambda: keeping.read_scores(folder.checkpoints))
+        if first_step not in scored:  # the last attempt ended before it had come to it
+            evaluate(latest)
     with StopRequest() as stop:
         step = loop.train(
             engine,
@@ -186,6 +236,7 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
             first_step=first_step,
             device=device,
             stop=stop,
+            watchdog=watchdog,
             seconds_before=status["seconds"] + time.perf_counter() - began,
             evaluate=evaluate,
         )
@@ -199,49 +250,78 @@ def train_stage(stage: Stage, deepspeed_json: dict[str, Any], device: torch.devi
     if parallel.rank() == 0:
         folder.set_status("trained", step=step, seconds=seconds)
     engine.destroy()
-    scores = _export_and_score(stage, tokenizer, splits["test"], telemetry, step, device)
+    scores = _export_and_score(stage, tokenizer, lexicon, splits["test"], telemetry, step, device)
     if parallel.rank() == 0:
         seconds = status["seconds"] + time.perf_counter() - began
         folder.set_status("finished", step=step, seconds=seconds)
         telemetry.close()
+    watchdog.folder = None
     folder.close()
     parallel.barrier()
     return scores
 
 
 def _export_and_score(
-    stage: Stage, tokenizer: TextTokenizer, test: Selection, telemetry: Telemetry, step: int, device: torch.device
+    stage: Stage,
+    tokenizer: TextTokenizer,
+    lexicon: Lexicon | None,
+    test: Selection,
+    telemetry: Telemetry,
+    step: int,
+    device: torch.device,
 ) -> Scores:
-    final, _ = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(stage.folder.checkpoints))
-    if final is None or final.step != step:
-        raise InputError(f"{stage.folder.checkpoints}: the checkpoint of step {step} does not verify")
+    stage.folder.check_owner()
+    final = parallel.on_rank_zero(lambda: _selected(stage, step))
+    if final.step != step:
+        telemetry.say(f"{stage.recipe.name}: the best is the checkpoint of step {final.step}, which the run ends in")
     parallel.on_rank_zero(
-        lambda: export.save_export(stage.folder.export, stage.recipe, checkpoint.assemble(final), tokenizer)
+        lambda: export.save_export(stage.folder.export, stage.recipe, checkpoint.assemble(final), tokenizer, lexicon)
     )
     out = stage.folder.path / "evaluation" / "test"
-    scores = _score(stage, tokenizer, final, test, out, device)
+    scores = _score(stage, tokenizer, lexicon, final, test, out, device)
     telemetry.scalars(step, "test", scores)
     telemetry.say(f"{stage.recipe.name} test: {_brief(scores)}")
     return scores
 
 
+def _selected(stage: Stage, step: int) -> checkpoint.Checkpoint:
+    """The checkpoint that the finished run stands for: the last or the best, as the recipe says."""
+    settings, checkpoints = stage.recipe.train, stage.folder.checkpoints
+    best = keeping.best_step(checkpoints, settings.keep_best, step) if settings.select == "best" else None
+    return manifest.verify(checkpoints / f"step-{step if best is None else best:08d}")
+
+
+def _check_nothing_came_between(folder: RunFolder, latest: checkpoint.Checkpoint | None, complaints: list[str]) -> None:
+    """Checkpoints are verified before weights are built, and the folder is locked after that."""
+    newest = manifest.folders(folder.checkpoints)[-1 - len(complaints) :]
+    if (newest[0] if len(newest) > len(complaints) else None) != (latest.folder if latest is not None else None):
+        raise InputError(f"run folder {folder.path} has just been in use by another process; start again")
+
+
 def _score(
     stage: Stage,
     tokenizer: TextTokenizer,
+    lexicon: Lexicon | None,
     committed: checkpoint.Checkpoint,
     clips: Selection,
     out: Path,
     device: torch.device,
 ) -> dict[str, Any]:
     """Score a checkpoint in a plain copy of the model, so that no ZeRO stage has a say in decoding."""
-    method = export.build(stage.recipe, tokenizer)
+    method = export.build(stage.recipe, tokenizer, lexicon)
     export.load_weights(method, checkpoint.assemble(committed), str(committed.folder))
     return evaluate_split(method.to(device).eval(), tokenizer, stage.recipe, clips, out, device)
 
 
 def _training_plan(recipe: config.Recipe, train: Selection) -> Plan:
     lengths = frames_after_sampling(train.frames, recipe.data)
-    return Plan(lengths, recipe.seed, BatchRule.of(recipe.data), parts=training_parts(recipe.data, train))
+    return Plan(
+        lengths,
+        recipe.seed,
+        BatchRule.of(recipe.data),
+        parts=training_parts(recipe.data, train),
+        micro_frames=recipe.data.micro_frames,
+    )
 
 
 def _tokenizer(stage: Stage, train: Selection) -> TextTokenizer:
@@ -252,6 +332,24 @@ def _tokenizer(stage: Stage, train: Selection) -> TextTokenizer:
     if text.tokenizer != "corpus":
         return load_tokenizer(text.tokenizer, max_tokens=text.max_tokens)
     return build_corpus_tokenizer(train.texts(), train.languages(), text.vocabulary, max_tokens=text.max_tokens)
+
+
+def _lexicon(stage: Stage, train: Selection) -> Lexicon | None:
+    """The one the run began with, or the recipe's; none for a method that learns no pseudo-glosses."""
+    method = stage.recipe.method
+    if not isinstance(method, config.HFAPretrainingSettings) or method.pseudo_gloss == 0:
+        return None
+    if stage.folder.lexicon.is_dir():
+        return load_lexicon(stage.folder.lexicon)
+    if method.lexicon != "corpus":
+        lexicon = load_lexicon(method.lexicon)
+        lexicon.check_covers(train.texts(), method.lexicon)
+        return lexicon
+
+    def vectors(glosses: Sequence[str], sentences: Sequence[list[str]]) -> Vectors:
+        return corpus_vectors(glosses, sentences, method.head_width)
+
+    return build_lexicon(train.texts(), tagger("words").analyse, vectors, origin={"tagger": "words"})
 
 
 def _count_truncated(telemetry: Telemetry, tokenizer: TextTokenizer, train: Selection) -> None:

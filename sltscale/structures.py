@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -101,21 +102,64 @@ class VideoBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def split(self, sizes: Sequence[int]) -> list[VideoBatch]:
+        """Consecutive parts of so many clips each; frames are views."""
+        lengths = self.frames.lengths.tolist()
+        parts, clip, frame = [], 0, 0
+        for size in sizes:
+            last, own = clip + size, lengths[clip : clip + size]
+            frames = Ragged.from_lengths(self.frames.values[frame : frame + sum(own)], own)
+            parts.append(VideoBatch(self.ids[clip:last], frames, self.texts[clip:last], self.languages[clip:last]))
+            clip, frame = last, frame + sum(own)
+        return parts
+
     def to(self, device: torch.device | str) -> VideoBatch:
         return VideoBatch(self.ids, self.frames.to(device, non_blocking=True), self.texts, self.languages)
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Tokenised sentences: input_ids int64 [B, L], attention_mask int64 [B, L] (1 = token, 0 = padding)."""
+    """Tokenised sentences: input_ids int64 [B, L], attention_mask int64 [B, L] (1 = token, 0 = padding).
+
+    masked: the same sentences with words masked, for a method that reads those too.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
+    masked: TextBatch | None = None
 
     def to(self, device: torch.device | str) -> TextBatch:
         return TextBatch(
-            self.input_ids.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True)
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            None if self.masked is None else self.masked.to(device),
         )
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a contrastive loss needs of this rank's clips and sentences, apart from the model that made it.
+
+    rows: by name, [B, ...], one row a clip; those of token sequences are [B, T, ...] beside a mask [B, T], and padded
+    with zeros to the longest where parts are put together. shared: by name, the same for all rows, e.g. the scale.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.rows | self.shared
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Features]) -> Features:
+        rows = {}
+        for name, first in parts[0].rows.items():
+            own = [part.rows[name] for part in parts]
+            if first.dim() > 1:
+                longest = max(tensor.shape[1] for tensor in own)
+                own = [F.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, longest - tensor.shape[1])) for tensor in own]
+            rows[name] = torch.cat(own)
+        return cls(rows, parts[0].shared)
 
 
 @dataclass(frozen=True)

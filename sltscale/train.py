@@ -2,8 +2,8 @@
 
     deepspeed sltscale/train.py --deepspeed ds_configs/zero2.json [--recipe demo] [--run DIR] [--optim.lr 1e-4 ...]
 
-The same command goes on where an earlier one was stopped or killed. Exit codes: 0 finished, 2 bad input (one line on
-stderr), 75 stopped by a signal after saving.
+The same command goes on where an earlier one was stopped or killed. Exit codes: 0 finished, 1 not saved, hung, or not
+finite too often, 2 bad input (one line on stderr), 75 stopped by a signal after saving.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     # Imported here: the data workers import this file as their main module and need none of it.
     from sltscale import stages
-    from sltscale.engine.loop import NonFiniteLossError
+    from sltscale.engine.checkpoint import NotSavedError
+    from sltscale.engine.finite import NonFiniteError
+    from sltscale.engine.run_folder import FencedError
     from sltscale.engine.signals import EXIT_STOPPED
 
     try:
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
         return EXIT_STOPPED
-    except NonFiniteLossError as error:
+    except (NonFiniteError, NotSavedError, FencedError) as error:
         _report(str(error))
         return 1
     except KeyboardInterrupt:  # outside of the training steps, where a signal is a request

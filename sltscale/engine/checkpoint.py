@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
         rank-00000.safetensors ...   each rank's fragments: weights and optimizer state, fp32, flat
-        MANIFEST.json                step, shapes, optimizer scalars, sizes and sha256 of every file
+        MANIFEST.json                what they are, sizes and sha256 of every file (manifest.py)
 
 Every rank writes and flushes its file into a staging folder and reports size and hash; rank 0 writes the manifest last,
 flushes, and renames the folder: the rename is the commit. Nothing trusts a pointer file; the newest folder whose
@@ -14,10 +14,9 @@ All other state of a run - learning rate, place in the data, random numbers - is
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +26,99 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sltscale import parallel
+from sltscale.config import Recipe
+from sltscale.engine import manifest as manifests
+from sltscale.engine.faults import fault_point
+from sltscale.engine.keeping import best_step, prune
+from sltscale.engine.manifest import Checkpoint, NewerFormatError, folders
+from sltscale.engine.run_folder import RunFolder
 from sltscale.errors import InputError
-from sltscale.files import sync_folder, write_atomically
+from sltscale.files import sync_folder
 from sltscale.methods.export import persistent_buffers
 
-FORMAT = 1
 WEIGHTS = "weights"
 BUFFERS = "buffers"
+HEADERS = 1 << 16  # room for the manifest, file headers and folders, beyond the tensors
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint folder and its manifest."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
-
-    def files(self) -> list[Path]:
-        return [self.folder / name for name in self.manifest["files"]]
+class NotSavedError(Exception):
+    """A checkpoint could not be written; nothing of it is left, and the earlier ones are untouched."""
 
 
-def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int, position: dict[str, int]) -> Checkpoint:
-    """Write and commit the state after ``step`` optimizer steps; a collective. Keeps the newest ``keep``.
+def save_checkpoint(
+    engine: Any,
+    folder: RunFolder,
+    recipe: Recipe,
+    step: int,
+    position: dict[str, int],
+    damaged: Collection[str] = (),
+) -> Checkpoint:
+    """Write and commit the state after ``step`` optimizer steps; a collective.
 
-    position: the place in the data (``Plan.state``), kept in the manifest.
-    Raises InputError on every rank if any of them cannot write (no permission, disk full) or holds numbers that are not
-    finite; older checkpoints stay.
+    Keeps the newest ``train.keep_checkpoints`` and, by ``train.keep_best``, the best. position: the place in the data
+    (``Plan.state``). damaged: names of checkpoints that were found to be so, and do not count among those to keep.
+    Raises NotSavedError on every rank if there is no room (before anything is written), any of them cannot write, or
+    one holds numbers that are not finite.
     """
     from sltscale.engine import fragments
 
-    staging = checkpoints / f"staging-{step:08d}"
-    parallel.on_rank_zero(lambda: _fresh_folder(staging))
+    folder.check_owner()
+    fault_point("begin", step)
+    tensors, scalars = _collect(engine)
+    fault_point("collected", step)
+    problems, needed = [], HEADERS
+    for bytes_needed, problem in parallel.gather_objects(_measure(tensors)):
+        needed += bytes_needed
+        problems += [problem] if problem else []
+    fault_point("measured", step)
+    staging = folder.checkpoints / f"staging-{step:08d}-{folder.attempt}"
+    refusal = parallel.on_rank_zero(lambda: problems[0] if problems else _fresh_folder(staging, needed))
+    if refusal is not None:
+        raise _not_saved(step, refusal)
+    fault_point("staged", step)
+
+    name = f"rank-{parallel.rank():05d}.safetensors"
+    report = _write(staging / name, tensors, step)
+    reports = parallel.gather_objects({"name": name, "scalars": scalars, **report})
+    fault_point("gathered", step)
+    content = {
+        "step": step,
+        "data": position,
+        "world_size": parallel.world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "versions": manifests.versions(),
+        "recipe": recipe.model_dump(mode="json"),
+        "shapes": fragments.parameter_shapes(engine),
+        "scalars": {parameter: values for r in reports for parameter, values in r["scalars"].items()},
+        "files": {r["name"]: {"size": r.get("size"), "sha256": r.get("sha256")} for r in reports},
+    }
+    failed = [r["error"] for r in reports if "error" in r]
+    final = folder.checkpoints / f"step-{step:08d}"
+
+    def commit() -> str | Checkpoint:
+        try:
+            if failed:
+                return f"{failed[0]} ({needed} bytes needed, {_free(staging)} free in {folder.checkpoints})"
+            folder.check_owner()
+            return Checkpoint(final, _commit(staging, final, content))
+        except OSError as error:
+            free = _free(staging)
+            return f"{error.strerror or error} ({needed} bytes needed, {free} free in {folder.checkpoints})"
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # gone by that name if it was committed
+
+    outcome = parallel.on_rank_zero(commit)
+    if isinstance(outcome, str):
+        raise _not_saved(step, outcome)
+    best = best_step(folder.checkpoints, recipe.train.keep_best, step) if parallel.rank() == 0 else None
+    parallel.on_rank_zero(lambda: prune(final, recipe.train.keep_checkpoints, best, damaged))
+    fault_point("pruned", step)
+    return outcome
+
+
+def _collect(engine: Any) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """This rank's tensors, by kind, parameter and place in it; the optimizer's scalars by parameter."""
+    from sltscale.engine import fragments
 
     optimizer = fragments.torch_optimizer(engine)
     tensors: dict[str, Tensor] = {}
@@ -77,54 +134,66 @@ def save_checkpoint(engine: Any, checkpoints: Path, step: int, keep: int, positi
                 scalars.setdefault(fragment.name, {})[key] = float(value)
     if parallel.rank() == 0:
         tensors |= {f"{BUFFERS}/{name}": buffer for name, buffer in persistent_buffers(engine.module).items()}
-
-    name = f"rank-{parallel.rank():05d}.safetensors"
-    report = _write(staging / name, tensors)
-    reports = parallel.gather_objects({"name": name, "scalars": scalars, **report})
-    failed = [r["error"] for r in reports if "error" in r]
-    if failed:
-        raise InputError(f"checkpoint of step {step} not written: {failed[0]}; earlier checkpoints are untouched")
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "data": position,
-        "world_size": parallel.world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "shapes": fragments.parameter_shapes(engine),
-        "scalars": {parameter: values for r in reports for parameter, values in r["scalars"].items()},
-        "files": {r["name"]: {"size": r["size"], "sha256": r["sha256"]} for r in reports},
-    }
-    parallel.on_rank_zero(lambda: _commit(staging, checkpoints / f"step-{step:08d}", manifest, keep))
-    return Checkpoint(checkpoints / f"step-{step:08d}", manifest)
+    return tensors, scalars
 
 
-def _fresh_folder(staging: Path) -> None:
+def _measure(tensors: dict[str, Tensor]) -> tuple[int, str | None]:
+    """Bytes that this rank is going to write; what forbids it, if anything does."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return size + HEADERS, f"{broken[0]} is not finite" if broken else None
+
+
+def _fresh_folder(staging: Path, needed: int) -> str | None:
+    """Clear away what earlier saves left and make ``staging``; what is in the way, if there is no room."""
     for left_over in staging.parent.glob("staging-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    free = _free(staging)
+    if free < needed:
+        return f"{needed} bytes needed, {free} free in {staging.parent}"
+    staging.mkdir()
+    return None
 
 
-def _commit(staging: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    write_atomically(staging / "MANIFEST.json", json.dumps(manifest, indent=1))
+def _free(staging: Path) -> int:
+    return shutil.disk_usage(staging.parent).free
+
+
+def _not_saved(step: int, why: str) -> NotSavedError:
+    return NotSavedError(
+        f"checkpoint of step {step} not written: {why}; earlier checkpoints are untouched: "
+        "make room or mend what is named, then start again"
+    )
+
+
+def _commit(staging: Path, final: Path, content: dict[str, Any]) -> dict[str, Any]:
+    step = content["step"]
+    written = manifests.write_manifest(staging, content)
+    fault_point("manifest", step)
     sync_folder(staging)
+    fault_point("synced", step)
     if final.exists():  # the same step of an earlier, interrupted attempt
-        shutil.rmtree(final)
+        shutil.rmtree(final.rename(final.with_name(f"staging-removed-{final.name}")))
     staging.rename(final)
+    fault_point("renamed", step)
     sync_folder(final.parent)
-    # Newer folders can only be damaged ones that this run has gone back behind.
-    for old in [folder for folder in _folders(final.parent) if folder.name <= final.name][:-keep]:
-        shutil.rmtree(old)
+    fault_point("committed", step)
+    return written
 
 
 def latest_checkpoint(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that does not.
 
-    None if there is none at all; InputError if there are some and every one is damaged.
+    None if there is none at all; InputError if there are some and every one is damaged, or if the newest is of a newer
+    format.
     """
     complaints: list[str] = []
-    for folder in reversed(_folders(checkpoints)):
+    for folder in reversed(folders(checkpoints)):
         try:
-            return _verified(folder), complaints
+            return manifests.verify(folder), complaints
+        except NewerFormatError:
+            raise
         except InputError as error:
             complaints.append(str(error))
     if complaints:
@@ -208,44 +277,19 @@ class _Pieces:
             raise InputError(f"{self.folder}: holds {filled} of {out.numel()} elements of {key}/{name}")
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write(path: Path, tensors: dict[str, Tensor], step: int) -> dict[str, Any]:
     """Save and flush; {size, sha256} or {error}, so that a failing rank does not leave the others waiting."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        return {"error": f"{broken[0]} is not finite"}
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        fault_point("written", step)
         with path.open("rb") as file:
             os.fsync(file.fileno())
+            fault_point("flushed", step)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        fault_point("hashed", step)
         return {"size": path.stat().st_size, "sha256": digest}
     except (OSError, SafetensorError) as error:
-        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        return {"error": f"{path}: {error} ({need} bytes needed, {free} free)"}
-
-
-def _verified(folder: Path) -> Checkpoint:
-    try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
-        version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {folder.name}: no readable manifest ({error!r})") from None
-    if version != FORMAT:
-        raise InputError(f"checkpoint {folder.name}: format {version}, expected {FORMAT}; written by another version")
-    for name, expected in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["size"]:
-            raise InputError(f"checkpoint {folder.name}: {name} has {size} bytes, expected {expected['size']}")
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"checkpoint {folder.name}: {name} cannot be read ({error.strerror})") from None
-        if digest != expected["sha256"]:
-            raise InputError(f"checkpoint {folder.name}: {name} does not match its sha256")
-    return Checkpoint(folder, manifest)
+        return {"error": f"{path.name}: {error}"}
 
 
 def _check_shapes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
@@ -258,8 +302,3 @@ def _check_shapes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{checkpoint.folder}: belongs to another model: {'; '.join(wrong[:3])}{more}")
-
-
-def _folders(checkpoints: Path) -> list[Path]:
-    """Committed checkpoint folders, oldest first."""
-    return sorted(checkpoints.glob("step-*")) if checkpoints.is_dir() else []

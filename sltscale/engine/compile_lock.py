@@ -55,6 +55,11 @@ def heal_stale_compile_locks(cache: Path | None = None) -> list[str]:
         return [line for lock in _locks(folder) if (line := _heal(lock, first_look.get(lock)))]
 
 
+def compile_locks() -> list[Path]:
+    """The compile locks in torch's extension cache, whether in use or left behind."""
+    return _locks(_default_cache())
+
+
 def _heal(lock: Path, identity_before: tuple[int, int] | None) -> str | None:
     """One line, or None if the lock has gone by itself meanwhile."""
     identity, reason = _identity(lock), _reason_to_keep(lock)

@@ -66,12 +66,34 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: zero_optimization and bf16 must be JSON objects")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise InputError(f"{path}: zero_optimization.stage is {zero['stage']!r}; expected 0, 1, 2 or 3")
-    offloads = [key for key in zero if key.startswith("offload")]
-    if offloads:
-        raise InputError(f"{path} sets zero_optimization.{offloads[0]}; offload is not supported")
+    _check_offload(path, zero)
+    for part, key, value in (
+        ("zero_optimization", "compute_grad_norm", zero.get("compute_grad_norm", True)),
+        ("bf16", "check_grad_overflow", bf16.get("check_grad_overflow", True)),
+    ):
+        if value is not True:
+            raise InputError(f"{path} sets {part}.{key} to {value!r}; it is what finds steps that are not finite")
     if bf16.get("enabled") and zero.get("stage", 0) == 0:
         raise InputError(f"{path} enables bf16 at ZeRO stage 0, which keeps no fp32 weights; use stage 1, 2 or 3")
     return settings
+
+
+def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+    """To the CPU's memory only: to disks, and in DeepSpeed's other ways, was not tried."""
+    stages = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+    for key in (key for key in zero if "offload" in key):
+        if key not in stages:
+            raise InputError(f"{path} sets zero_optimization.{key}; {nearest(key, list(stages))}")
+        if zero.get("stage", 0) not in stages[key]:
+            wanted = " or ".join(map(str, stages[key]))
+            raise InputError(f"{path}: {key} at ZeRO stage {zero.get('stage', 0)}; it needs stage {wanted}")
+        where = zero[key]
+        known = isinstance(where, dict) and where.keys() <= {"device", "pin_memory"}
+        if not known or where.get("device") != "cpu":
+            raise InputError(
+                f'{path}: zero_optimization.{key} is {json.dumps(where)}; expected {{"device": "cpu"}}, '
+                "with pin_memory if you like"
+            )
 
 
 def start_processes() -> torch.device:
@@ -120,8 +142,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def build_engine(model: nn.Module, settings: OptimSettings, deepspeed_json: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around ``model`` whose ``step`` applies the mean over ranks of their gradients."""
+def build_engine(
+    model: nn.Module, settings: OptimSettings, deepspeed_json: dict[str, Any], *, micro_batches: bool = False
+) -> Any:
+    """A DeepSpeed engine around ``model`` whose ``step`` applies the mean over ranks of their gradients.
+
+    micro_batches: ``backward`` is called more than once before ``step``.
+    """
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, settings),
@@ -130,8 +157,11 @@ def build_engine(model: nn.Module, settings: OptimSettings, deepspeed_json: dict
             # Global batches come from the plan; DeepSpeed insists on a number and multiplies nothing with this one.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
+            # With several micro-batches: sum their gradients, reduce and scale nothing before the step.
+            "managed_gradient_accumulation": not micro_batches,
             "gradient_clipping": settings.clip_norm or 0.0,  # its own default is 1.0
-            "zero_allow_untested_optimizer": True,  # SGD in stages 1-3
+            "zero_allow_untested_optimizer": True,  # ours in stages 1-3
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeedCPUAdam would need a compiler
             "steps_per_print": 10**9,
         },
     )

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from sltscale.config import Recipe
+from sltscale.data.lexicon import load_lexicon
 from sltscale.data.text import load_tokenizer
-from sltscale.engine import checkpoint
+from sltscale.engine import checkpoint, manifest
 from sltscale.engine.run_folder import RunFolder
 from sltscale.errors import InputError
 from sltscale.methods import export
@@ -17,16 +19,43 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _opened(path: Path) -> tuple[RunFolder, Recipe]:
+    folder = RunFolder(path)
+    recipe = folder.stored_recipe()
+    if recipe is None:
+        raise InputError(f"{path} is no run folder (no config.json); expected one written by training, e.g. runs/demo")
+    return folder, recipe
+
+
+def export_checkpoint(path: Path, step: int | None, out: Path) -> checkpoint.Checkpoint:
+    """Write the weights of a run's checkpoint as a folder for exchange (methods/export.py): of ``step``, or the newest
+    good one. InputError if there is none, it is damaged, or ``out`` is not empty."""
+    folder, recipe = _opened(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty; give --out a new folder")
+    if step is None:
+        chosen, _ = checkpoint.latest_checkpoint(folder.checkpoints)
+    else:
+        place = folder.checkpoints / f"step-{step:08d}"
+        chosen = manifest.verify(place) if place.is_dir() else None
+    if chosen is None:
+        there = ", ".join(str(int(f.name.removeprefix("step-"))) for f in manifest.folders(folder.checkpoints))
+        raise InputError(
+            f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there: {there or '-'}"
+        )
+    tokenizer = load_tokenizer(str(folder.tokenizer), max_tokens=recipe.text.max_tokens)
+    lexicon = load_lexicon(folder.lexicon) if folder.lexicon.is_dir() else None
+    export.save_export(out, recipe, checkpoint.assemble(chosen), tokenizer, lexicon)
+    return chosen
+
+
 def load_run(path: Path, device: torch.device) -> export.Exported:
     """The model of a run in evaluation mode.
 
     A finished run has its export; of one that is still under way (or was stopped) the newest good checkpoint is taken.
     InputError if ``path`` is no run folder or holds neither.
     """
-    folder = RunFolder(path)
-    recipe = folder.stored_recipe()
-    if recipe is None:
-        raise InputError(f"{path} is no run folder (no config.json); expected one written by training, e.g. runs/demo")
+    folder, recipe = _opened(path)
     if (folder.export / export.WEIGHTS).is_file():
         return export.load_export(folder.export, device)
     latest, complaints = checkpoint.latest_checkpoint(folder.checkpoints)
@@ -34,6 +63,7 @@ def load_run(path: Path, device: torch.device) -> export.Exported:
         why = f" ({complaints[0]})" if complaints else ""
         raise InputError(f"{path} holds no checkpoint{why}; train the run first")
     tokenizer = load_tokenizer(str(folder.tokenizer), max_tokens=recipe.text.max_tokens)
-    method = export.build(recipe, tokenizer)
+    lexicon = load_lexicon(folder.lexicon) if folder.lexicon.is_dir() else None
+    method = export.build(recipe, tokenizer, lexicon)
     export.load_weights(method, checkpoint.assemble(latest), str(latest.folder))
     return export.Exported(recipe, tokenizer, method.to(device).eval())

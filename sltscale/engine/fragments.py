@@ -24,8 +24,8 @@ from sltscale import parallel
 class Fragment:
     """Elements ``start : start + numel`` of the flattened parameter ``name``.
 
-    flat: the tensor that the torch optimizer updates; the fragment lies at ``offset`` in it.
-    owned: whether this rank writes it (in stage 0 every rank holds everything, and each writes its share).
+    flat: the tensor that the torch optimizer updates, or that a frozen parameter's weights are in; the fragment lies at
+    ``offset`` in it. owned: whether this rank writes it (of what every rank holds, each writes its share).
     """
 
     name: str
@@ -46,21 +46,25 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def held_fragments(engine: Any) -> Iterator[Fragment]:
-    """All fragments of trained parameters that this rank holds, in a fixed order."""
+    """All fragments of parameters that this rank holds, in a fixed order: first the trained, then the frozen ones."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return _replicated(engine, names)
-    return _partitioned(engine.optimizer, names) if stage < 3 else _sharded(engine.optimizer, names)
+        trained = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+        yield from _replicated(trained + frozen, names)
+    elif stage < 3:
+        yield from _partitioned(engine.optimizer, names)
+        yield from _replicated(frozen, names)
+    else:
+        yield from _sharded(engine.optimizer, names)
+        yield from _sharded_frozen(frozen, names)
 
 
-def _replicated(engine: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    number = 0
-    for group in engine.optimizer.param_groups:
-        for parameter in group["params"]:
-            owned = number % parallel.world_size() == parallel.rank()
-            yield Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0, owned)
-            number += 1
+def _replicated(parameters: list[Any], names: dict[int, str]) -> Iterator[Fragment]:
+    for number, parameter in enumerate(parameters):
+        owned = number % parallel.world_size() == parallel.rank()
+        yield Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0, owned)
 
 
 def _partitioned(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
@@ -84,12 +88,21 @@ def _sharded(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
                 yield Fragment(names[id(parameter)], start, real, flat, offset, True)
 
 
+def _sharded_frozen(parameters: list[Any], names: dict[int, str]) -> Iterator[Fragment]:
+    """Stage 3 cuts parameters that no optimizer has as well, and leaves each part with its parameter."""
+    for parameter in parameters:
+        numel = parameter.ds_tensor.ds_numel
+        start = parallel.rank() * numel
+        real = min(numel, parameter.ds_numel - start)
+        if real > 0:
+            yield Fragment(names[id(parameter)], start, real, parameter.ds_tensor, 0, True)
+
+
 def parameter_shapes(engine: Any) -> dict[str, list[int]]:
-    """Full shapes of the trained parameters, also where ZeRO-3 has taken them apart."""
+    """Full shapes of all parameters, also where ZeRO-3 has taken them apart."""
     return {
         name: list(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
     }
 
 

@@ -1,72 +1,149 @@
-"""Optimizers, parameter groups by rule, and the learning rate as a pure function of the step."""
+"""Parameter groups by rule, and one optimizer whose groups have their own algorithm and update period."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sltscale.config import OptimSettings
+from sltscale.config import GroupSettings, OptimSettings
 from sltscale.errors import InputError
 
 
-def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: one per (part, decays or not), each with a name and its peak learning rate.
+def _build_torch_optimizer(name: str) -> torch.optim.Optimizer:
+    """torch's optimizer of that name, holding nothing."""
+    nothing = [torch.zeros(0)]
+    if name == "sgd":
+        return torch.optim.SGD(nothing, lr=0.0, momentum=0.9, nesterov=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](nothing)
 
-    A parameter belongs to the longest ``settings.groups`` part that is a prefix of its name, or to "all". 1-D
-    parameters (biases, norms, the logit scale) are spared from weight decay, as in timm's optimizer factory.
-    Raises InputError for a part that no parameter belongs to.
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """torch's SGD (momentum 0.9, Nesterov), Adam and AdamW side by side, one algorithm for each group.
+
+    A group's "algorithm" names it, its other entries are that algorithm's; a step passes over groups whose "due" is
+    false, which keep weights and state. A step is torch's own, so nothing differs from separate optimizers. What lies
+    in a group may change between steps, as it does under ZeRO.
     """
-    rates = {group.part: group.lr for group in settings.groups}
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self._algorithms = {name: _build_torch_optimizer(name) for name in {group["algorithm"] for group in groups}}
+        super().__init__([{**self._algorithms[group["algorithm"]].defaults, **group} for group in groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            if group["due"]:
+                algorithm = self._algorithms[group["algorithm"]]
+                algorithm.param_groups, algorithm.state = [group], self.state
+                algorithm.step()
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> GroupedOptimizer:
+    """The optimizer of the recipe's rules, for a model as it is before DeepSpeed takes it; freezes what they freeze.
+
+    Raises InputError for a rule that no parameter belongs to, or if nothing is left to train.
+    """
+    freeze(model, settings)
+    optimizer = GroupedOptimizer(parameter_groups(model, settings))
+    for group in optimizer.param_groups:
+        if group["period"] > 1:
+            for parameter in group["params"]:
+                parameter.register_hook(_drop_unless_due(group))
+    return optimizer
+
+
+def _drop_unless_due(group: dict[str, Any]) -> Callable[[Tensor], Tensor | None]:
+    """Gradient hook: what is not used must not count in the norm that clipping looks at, nor be found not finite."""
+    return lambda gradient: None if group["due"] else torch.zeros_like(gradient)
+
+
+def freeze(model: nn.Module, settings: OptimSettings) -> None:
+    """Take the parameters of frozen rules out of training."""
     for name, parameter in model.named_parameters():
+        rule = _rule_of(name, parameter, settings)
+        if rule is not None and settings.groups[rule].frozen:
+            parameter.requires_grad_(False)
+
+
+def evaluate_frozen(model: nn.Module) -> None:
+    """Put modules that have parameters, none of them trained, into evaluation mode: no dropout, statistics as loaded.
+
+    To be called after ``model.train()``.
+    """
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Groups of the trained parameters: one per (rule, decays or not), each with its name and all that holds for it.
+
+    A parameter belongs to the first of ``settings.groups`` that it matches, or to "all". 1-D parameters (biases, norms,
+    the logit scale) are spared from weight decay, as in timm's optimizer factory, unless a rule is for them only and
+    gives one. Raises InputError for a rule that no parameter belongs to, or if nothing is trained.
+    """
+    members: dict[tuple[int | None, bool], list[nn.Parameter]] = {}
+    idle = set(range(len(settings.groups)))
+    for name, parameter in model.named_parameters():
+        rule = _rule_of(name, parameter, settings)
+        if rule is not None and (parameter.requires_grad or settings.groups[rule].frozen):
+            idle.discard(rule)
         if parameter.requires_grad:
-            owners = [part for part in rates if name == part or name.startswith(f"{part}.")]
-            part = max(owners, key=len, default="all")
-            members.setdefault((part, settings.weight_decay > 0 and parameter.dim() > 1), []).append(parameter)
-    unknown = rates.keys() - {part for part, _ in members}
-    if unknown:
+            members.setdefault((rule, _decays(parameter, rule, settings)), []).append(parameter)
+    if idle:
         parts = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise InputError(
-            f"optim.groups names {', '.join(sorted(unknown))}, which no trained parameter belongs to; "
-            f"the model's parts: {', '.join(parts)}"
+            f"optim.groups names {', '.join(_title(settings.groups[rule]) for rule in sorted(idle))}, which no trained "
+            f"parameter belongs to that no earlier rule takes; the model's parts: {', '.join(parts)}"
         )
-    return [
-        {
-            "name": f"{part}/{'decay' if decays else 'no_decay'}",
-            "params": parameters,
-            "peak_lr": rates.get(part, settings.lr),
-            "lr": rates.get(part, settings.lr),
-            "weight_decay": settings.weight_decay if decays else 0.0,
-        }
-        for (part, decays), parameters in members.items()
-    ]
+    if not members:
+        raise InputError("optim.groups freezes all parameters; leave some to train")
+    return [_group(rule, decays, parameters, settings) for (rule, decays), parameters in members.items()]
 
 
-def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, settings)
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
-    family = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-    return family(groups, lr=settings.lr, betas=settings.betas)
+def _group(rule: int | None, decays: bool, parameters: list[nn.Parameter], settings: OptimSettings) -> dict[str, Any]:
+    own = settings if rule is None else settings.of_group(settings.groups[rule])
+    title = "all" if rule is None else _title(settings.groups[rule])
+    group = {
+        "name": f"{title}/{'decay' if decays else 'no_decay'}",
+        "params": parameters,
+        "rule": rule,
+        "algorithm": own.name,
+        "peak_lr": own.lr,
+        "lr": own.lr,
+        "weight_decay": own.weight_decay if decays else 0.0,
+        "period": 1 if rule is None else settings.groups[rule].period,
+        "due": True,
+    }
+    return group if own.name == "sgd" else {**group, "betas": own.betas}
 
 
-def learning_rate_factor(step: int, total_steps: int, settings: OptimSettings) -> float:
-    """Multiplier of the peak learning rate at optimizer step ``step`` (0-based)."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return 1.0
-    progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
-    floor = settings.min_lr / settings.lr
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+def _decays(parameter: nn.Parameter, rule: int | None, settings: OptimSettings) -> bool:
+    if rule is None:
+        return settings.weight_decay > 0 and parameter.dim() > 1
+    group = settings.groups[rule]
+    asked_for = group.only == "norm_bias" and group.weight_decay is not None
+    return settings.of_group(group).weight_decay > 0 and (parameter.dim() > 1 or asked_for)
 
 
-def set_learning_rate(optimizer: Any, step: int, total_steps: int, settings: OptimSettings) -> float:
-    """Set every group's rate for this step and return the recipe's main one."""
-    factor = learning_rate_factor(step, total_steps, settings)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    return settings.lr * factor
+def _rule_of(name: str, parameter: nn.Parameter, settings: OptimSettings) -> int | None:
+    for rule, group in enumerate(settings.groups):
+        lies_in_part = any(fnmatchcase(name, pattern) for pattern in (group.part, f"{group.part}.*"))
+        is_meant = {
+            None: True,
+            "lora": any(piece.startswith("lora_") for piece in name.split(".")),
+            "norm_bias": parameter.dim() <= 1,
+        }[group.only]
+        if lies_in_part and is_meant:
+            return rule
+    return None
+
+
+def _title(group: GroupSettings) -> str:
+    return group.part if group.only is None else f"{group.part} ({group.only})"

@@ -5,33 +5,42 @@ RUN/
   environment.json   command, git commit, package versions, world size of each attempt
   steps.jsonl        one line per optimizer step  log.txt          what was printed
   checkpoints/  tokenizer/  tensorboard/  export/  evaluation/  curves.png  STATUS.json
+  lock               who is writing              stacks/          where each rank was when a step took too long
+
+The lock is held by rank 0 of the running attempt and names it. A rank that outlives its attempt - its launcher killed,
+its node cut off - finds another name there and ends (fencing).
 """
 
 from __future__ import annotations
 
 import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from sltscale import __version__, config
+from sltscale import config
+from sltscale.engine.manifest import versions
 from sltscale.errors import InputError
 from sltscale.files import write_atomically
 from sltscale.recipe_files import differences, recipe_from_json
 
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "av", "numpy", "safetensors", "sacrebleu")
+
+class FencedError(Exception):
+    """This process belongs to an earlier attempt: another one has taken the run folder over."""
 
 
 class RunFolder:
-    """Opened by every rank; only rank 0 of a run calls the methods that write."""
+    """Opened by every rank; only rank 0 of a run calls the methods that write.
+
+    attempt: the name under which this process may write; None until ``join``, for a folder that is only read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,8 +48,11 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.export = path / "export"
         self.tokenizer = path / "tokenizer"
+        self.lexicon = path / "lexicon"
         self.steps = path / "steps.jsonl"
         self.log = path / "log.txt"
+        self.stacks = path / "stacks"
+        self.attempt: str | None = None
         self._lock: IO[str] | None = None
 
     def check(self, recipe: config.Recipe) -> None:
@@ -60,17 +72,17 @@ class RunFolder:
         path = self.path / "config.json"
         return recipe_from_json(path.read_text(), str(path)) if path.is_file() else None
 
-    def open(
-        self, recipe: config.Recipe, deepspeed_json: dict[str, Any], data: dict[str, str], world_size: int
-    ) -> None:
-        """Create or reopen the folder, take its lock, record what runs (rank 0 only).
+    def open(self, recipe: config.Recipe, deepspeed_json: dict[str, Any], data: dict[str, str], world_size: int) -> str:
+        """Create or reopen the folder, take its lock, record what runs (rank 0 only); every rank has to ``join`` the
+        attempt that it returns.
 
         data: digest of each split's index. InputError if the folder is in use, cannot be written, or was begun with
         other data.
         """
+        attempt = uuid.uuid4().hex[:12]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._take_lock(attempt)
             path = self.path / "data.json"
             begun_with = json.loads(path.read_text()) if path.is_file() else data
             if begun_with != data:
@@ -85,6 +97,24 @@ class RunFolder:
             self._record_attempt(world_size)
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be written: {error.strerror}") from None
+        return attempt
+
+    def join(self, attempt: str) -> None:
+        """From now on this process writes as one of that attempt."""
+        self.attempt = attempt
+
+    def check_owner(self) -> None:
+        """Called before anything is written: FencedError if the run folder is another attempt's by now."""
+        if self.attempt is None:
+            return
+        with suppress(OSError):  # a file system that does not answer is no other attempt
+            holder = (self.path / "lock").read_text().strip()
+            # Empty for an instant while another attempt that has the lock writes its name.
+            if not holder.endswith(f"attempt {self.attempt}"):
+                raise FencedError(
+                    f"run folder {self.path} has been taken over ({holder or 'another attempt'}); "
+                    f"this process of attempt {self.attempt} writes nothing more and ends"
+                )
 
     def bad_clips(self) -> list[dict[str, Any]]:
         """The damaged clips that this run leaves out."""
@@ -101,11 +131,12 @@ class RunFolder:
         with suppress(FileNotFoundError, NotADirectoryError), (self.path / "lock").open() as lock:
             self._flock(lock, fcntl.LOCK_SH)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, attempt: str) -> None:
         lock = (self.path / "lock").open("a+")
         self._flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{job} since {_now()}, attempt {attempt}\n")
         lock.flush()
         self._lock = lock
 
@@ -133,10 +164,8 @@ class RunFolder:
                 "command": sys.argv,
                 "world_size": world_size,
                 "host": socket.gethostname(),
-                "python": platform.python_version(),
-                "sltscale": __version__,
                 "git": _git_commit(),
-                "packages": {name: _version(name) for name in PACKAGES},
+                "packages": versions(),
             }
         )
         write_atomically(path, json.dumps(attempts, indent=2) + "\n")
@@ -154,6 +183,7 @@ class RunFolder:
 
     def set_status(self, state: str, *, step: int, seconds: float) -> None:
         """state: running, stopped (by a signal), trained (not yet scored) or finished; seconds: over all attempts."""
+        self.check_owner()
         content = {"state": state, "step": step, "seconds": round(seconds, 3)}
         write_atomically(self.path / "STATUS.json", json.dumps(content) + "\n")
 
@@ -167,13 +197,6 @@ def _step_of(line: str) -> int | None:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 def _git_commit() -> str:

@@ -47,9 +47,15 @@ class Telemetry:
             record = {"step": step, **numbers, "lr": lr, "clips": clips, "frames": totals.frames}
             self._steps.write(json.dumps(record) + "\n")
 
+    def skipped(self, step: int, why: str) -> None:
+        """Note a step whose loss or gradient was not finite."""
+        self.say(f"warning: {self.name} {why}")
+        if self._steps is not None:
+            self._steps.write(json.dumps({"step": step, "not_finite": why}) + "\n")
+
     def report(self, step: int, epoch: int, lr: float) -> None:
         """Print and plot the means since the last report; ``step`` steps are done."""
-        if self._board is None:
+        if self._board is None or not self.window.steps:
             return
         means, rates = self.window.close()
         parts = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "loss" and "/" not in name)
@@ -139,7 +145,10 @@ def draw_curves(steps: Path, picture: Path, title: str) -> None:
     """Loss parts and learning rate over the steps of steps.jsonl, as a png."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in steps.read_text().splitlines()]
+    lines = [json.loads(line) for line in steps.read_text().splitlines()]
+    records = [record for record in lines if "not_finite" not in record]
+    if not records:
+        return
     names = [name for name in records[-1] if name not in ("step", "lr", "clips", "frames") and "/" not in name]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -20,8 +20,8 @@ from sltscale.data.batches.stream import evaluation_batches, load_video
 from sltscale.data.text import TextTokenizer
 from sltscale.errors import InputError
 from sltscale.evaluation import report, retrieval, translation
-from sltscale.methods.c2rl import C2RL
-from sltscale.methods.translation import Translation
+from sltscale.methods.base import RetrievalMethod
+from sltscale.models.translator import Translator
 from sltscale.structures import Ragged, VideoBatch
 
 Scores = dict[str, Any]
@@ -35,7 +35,7 @@ def evaluate_split(
     out: Path,
     device: torch.device,
 ) -> Scores:
-    """What the method is for: retrieval scores for C2RL, translation scores for translation; files under ``out``.
+    """What the method is for, retrieval or translation scores; files under ``out``.
 
     A collective; every rank returns the same scores. InputError, before any decoding, if ``out`` cannot be written or
     the split mixes languages.
@@ -44,15 +44,20 @@ def evaluate_split(
     if len(languages) != 1:
         raise InputError(f"{clips.name}: holds {', '.join(languages)}; scores are of one language")
     parallel.on_rank_zero(lambda: report.prepare(out, clips.digest, clips.split))
-    if isinstance(method, C2RL):
+    if isinstance(method, RetrievalMethod):
         return retrieve_split(method, tokenizer, recipe, clips, out, device)
-    if isinstance(method, Translation):
+    if isinstance(method, Translator):
         return translate_split(method, tokenizer, recipe, clips, out, device)
     raise TypeError(f"no evaluation for {type(method).__name__}")
 
 
 def translate_split(
-    method: Translation, tokenizer: TextTokenizer, recipe: Recipe, clips: Selection, out: Path, device: torch.device
+    method: Translator,
+    tokenizer: TextTokenizer,
+    recipe: Recipe,
+    clips: Selection,
+    out: Path,
+    device: torch.device,
 ) -> Scores:
     """Beam-search every clip; BLEU, chrF, ROUGE-L and BLEU against other clips' sentences."""
     settings = recipe.evaluation
@@ -80,11 +85,11 @@ def translate_split(
 
 
 def retrieve_split(
-    method: C2RL, tokenizer: TextTokenizer, recipe: Recipe, clips: Selection, out: Path, device: torch.device
+    method: RetrievalMethod, tokenizer: TextTokenizer, recipe: Recipe, clips: Selection, out: Path, device: torch.device
 ) -> Scores:
-    """Similarity of every clip with every sentence; recall and ranks both ways. Without the contrastive part (alpha 0)
-    there is no similarity, and only the number of clips is returned."""
-    if "contrastive" not in method.weights:
+    """Similarity of every clip with every sentence; recall and ranks both ways. Without a contrastive part there is
+    no similarity, and only the number of clips is returned."""
+    if not method.compared:
         return _provenance(clips)
     mine: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
@@ -111,7 +116,7 @@ def retrieve_split(
 
 
 def translate_files(
-    method: Translation,
+    method: Translator,
     tokenizer: TextTokenizer,
     recipe: Recipe,
     paths: Sequence[Path],
@@ -133,7 +138,7 @@ def translate_files(
 
 @torch.inference_mode()
 def _translate(
-    method: Translation, tokenizer: TextTokenizer, recipe: Recipe, batch: VideoBatch, device: torch.device
+    method: Translator, tokenizer: TextTokenizer, recipe: Recipe, batch: VideoBatch, device: torch.device
 ) -> list[str]:
     settings = recipe.evaluation
     tokens = method.generate(

@@ -30,6 +30,7 @@ def clip_loss(
     *,
     targets: Literal["one_hot", "softmax10"] = "one_hot",
     text_ids: Tensor | None = None,
+    groups: Tensor | None = None,
     anchors: slice = slice(None),
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> LossOutput:
@@ -41,6 +42,7 @@ def clip_loss(
     targets: "one_hot", cross-entropy with the partner; "softmax10", the KL divergence from softmax(10 I), as GFSLT-VLP
     trains (its paper says cross-entropy, arXiv 2307.14768 eq. 3). text_ids [N]: pairs with equal ids are partners of
     each other (they share the target evenly, or the 10s stand at all of them); None = every pair is on its own.
+    groups [N]: an anchor's candidates are the pairs of its own group only; None = all pairs.
     Metrics: v2t_accuracy and t2v_accuracy, the share of anchors whose most similar candidate is a partner.
     """
     video, text = _unit(video), _unit(text)
@@ -53,7 +55,10 @@ def clip_loss(
         for queries, candidates in ((video, text), (text, video)):
             logits = logit_scale * queries[rows] @ candidates.T
             partners = ids[rows, None] == ids[None]
-            losses.append(_divergence(logits, partners, targets))
+            if groups is not None:
+                others = groups[rows, None] != groups[None]
+                logits, partners = logits.masked_fill(others, torch.finfo(logits.dtype).min), partners & ~others
+            losses.append(_divergence(logits, partners, targets, None if groups is None else others))
             hits.append(partners.gather(1, logits.argmax(1, keepdim=True)).sum())
         return (losses[0] + losses[1]) / 2, hits[0], hits[1]
 
@@ -171,12 +176,17 @@ def _sum_in_chunks(
     return LossOutput(loss_sum, torch.tensor(len(own), device=own.device), metrics)
 
 
-def _divergence(logits: Tensor, partners: Tensor, targets: Literal["one_hot", "softmax10"]) -> Tensor:
-    """Summed over the rows of logits [c, N]; partners bool [c, N]."""
+def _divergence(
+    logits: Tensor, partners: Tensor, targets: Literal["one_hot", "softmax10"], others: Tensor | None
+) -> Tensor:
+    """Summed over the rows of logits [c, N]; partners and others (who are no candidates) bool [c, N]."""
     if targets == "one_hot":
         target = partners.to(logits.dtype) / partners.sum(1, keepdim=True)
         return F.cross_entropy(logits, target, reduction="sum")
-    target = (10 * partners.to(logits.dtype)).log_softmax(1)
+    target = 10 * partners.to(logits.dtype)
+    if others is not None:  # the lowest finite number, not -inf: 0 * (-inf - -inf) would be NaN
+        target = target.masked_fill(others, torch.finfo(target.dtype).min)
+    target = target.log_softmax(1)
     return F.kl_div(logits.log_softmax(1), target, reduction="sum", log_target=True)
 
 

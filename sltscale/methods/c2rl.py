@@ -13,16 +13,16 @@ from sltscale.config import C2RLSettings
 from sltscale.errors import InputError
 from sltscale.losses.contrastive import clcl_pair_loss, clcl_similarity
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
-from sltscale.methods.base import Method, Vocabulary
+from sltscale.methods.base import RetrievalMethod, Vocabulary
 from sltscale.models.language import TextDecoder, TextEncoder, teacher_forcing
 from sltscale.models.layers import LogitScale
 from sltscale.models.visual import VisualEncoder
-from sltscale.structures import LossOutput, Ragged, TextBatch, VideoBatch
+from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
 
 SIMILARITY_ELEMENTS = 2**24  # of the [A, I, B, J] cosines held at a time when all pairs are compared (64 MiB)
 
 
-class C2RL(Method):
+class C2RL(RetrievalMethod):
     """L = alpha L_con + beta L_lm. A part with weight 0 is neither built nor computed.
 
     L_con: CLCL between all videos and sentences of the global batch (the sentence encoder reads the full target ids,
@@ -34,6 +34,7 @@ class C2RL(Method):
         self.weights = {
             part: weight for part, weight in (("contrastive", settings.alpha), ("lm", settings.beta)) if weight > 0
         }
+        self.compared = ("contrastive",) if "contrastive" in self.weights else ()
         _check(settings, self.weights)
         self.settings, self.vocabulary = settings, vocabulary
         self.visual = VisualEncoder(settings.visual)
@@ -43,16 +44,47 @@ class C2RL(Method):
         if "lm" in self.weights:
             self.text_decoder = TextDecoder(settings.text_decoder, vocabulary)
 
-    def forward(self, batch: VideoBatch, text: TextBatch) -> dict[str, LossOutput]:
+    def encode(
+        self, batch: VideoBatch, text: TextBatch, *, features_only: bool
+    ) -> tuple[dict[str, LossOutput], Features]:
         video, video_mask = self.encode_video(batch.frames)
-        losses = {}
+        features, losses = Features(), {}
         if "contrastive" in self.weights:
-            losses["contrastive"] = self._contrastive(video, video_mask, text)
-        if "lm" in self.weights:
+            sentence, sentence_mask = self.encode_text(text)
+            rows = {"video": video, "video_mask": video_mask, "text": sentence, "text_mask": sentence_mask}
+            features = Features(rows, {"scale": self.logit_scale()})
+        if "lm" in self.weights and not features_only:
             decoder_ids, labels = teacher_forcing(text, self.vocabulary)
             logits = self.text_decoder(decoder_ids, video, video_mask)
             losses["lm"] = label_smoothed_cross_entropy(logits, labels, self.settings.label_smoothing)
-        return losses
+        return losses, features
+
+    def contrast(self, features: Features) -> dict[str, LossOutput]:
+        """Anchors are this rank's own pairs, candidates all ranks': sums and counts over the ranks are the loss of the
+        whole global batch, and gradients come out exact (see sltscale.parallel)."""
+        if "contrastive" not in self.weights:
+            return {}
+        rows, scale = features.rows, features.shared["scale"]
+        # Padding is zero on every rank, as the gather's own is: with mask_inner off it takes part in the softmax.
+        text, text_mask, _ = parallel.gather(rows["text"] * rows["text_mask"][..., None], rows["text_mask"])
+        video, video_mask, own = parallel.gather(rows["video"], rows["video_mask"])
+        loss = clcl_pair_loss(
+            video,
+            text,
+            video_mask,
+            text_mask,
+            scale,
+            temperature=self.settings.inner_temperature,
+            mask_inner=self.settings.mask_inner,
+            mix=self.settings.mix,
+            anchors=own,
+        )
+        metrics = {**loss.metrics, "logit_scale": scale.detach()[0]}
+        return {"contrastive": LossOutput(loss.loss_sum, loss.count, metrics)}
+
+    def counts(self, text: TextBatch) -> dict[str, Tensor]:
+        clips, tokens = torch.tensor(len(text.input_ids), device=text.input_ids.device), text.attention_mask.sum()
+        return {part: count for part, count in (("contrastive", clips), ("lm", tokens)) if part in self.weights}
 
     def encode_video(self, frames: Ragged) -> tuple[Tensor, Tensor]:
         """(visual tokens [A, I, D], mask bool [A, I])."""
@@ -86,27 +118,6 @@ class C2RL(Method):
             )
             rows.append((v2t + t2v) / 2)
         return torch.cat(rows)
-
-    def _contrastive(self, video: Tensor, video_mask: Tensor, text: TextBatch) -> LossOutput:
-        # Anchors are this rank's own pairs, candidates all ranks': sums and counts over the ranks are the loss of
-        # the whole global batch, and gradients come out exact (see sltscale.parallel).
-        sentence, sentence_mask = self.encode_text(text)
-        # Padding is zero on every rank, as the gather's own is: with mask_inner off it takes part in the softmax.
-        sentence, sentence_mask, _ = parallel.gather(sentence * sentence_mask[..., None], sentence_mask)
-        video, video_mask, own = parallel.gather(video, video_mask)
-        scale: Tensor = self.logit_scale()
-        loss = clcl_pair_loss(
-            video,
-            sentence,
-            video_mask,
-            sentence_mask,
-            scale,
-            temperature=self.settings.inner_temperature,
-            mask_inner=self.settings.mask_inner,
-            mix=self.settings.mix,
-            anchors=own,
-        )
-        return LossOutput(loss.loss_sum, loss.count, {**loss.metrics, "logit_scale": scale.detach()[0]})
 
     def _require_contrastive(self) -> None:
         if "contrastive" not in self.weights:

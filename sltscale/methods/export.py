@@ -2,10 +2,12 @@
 
 model.safetensors   fp32 weights and buffers, by name       config.json   the resolved recipe
 tokenizer/          a transformers tokenizer
+lexicon/            the pseudo-glosses, where the method learns them
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sltscale import config
+from sltscale.data.lexicon import Lexicon, load_lexicon
 from sltscale.data.text import TextTokenizer, load_tokenizer
 from sltscale.errors import InputError
 from sltscale.methods.base import Method, Vocabulary, build_method
+from sltscale.methods.hfa import HFAPretraining
 from sltscale.recipe_files import recipe_from_json
 
 WEIGHTS = "model.safetensors"
@@ -30,16 +34,29 @@ class Exported:
     method: Method
 
 
-def build(recipe: config.Recipe, tokenizer: TextTokenizer) -> Method:
+def build(recipe: config.Recipe, tokenizer: TextTokenizer, lexicon: Lexicon | None = None) -> Method:
     """The recipe's method with freshly drawn weights: the same for the same seed, on every rank."""
     torch.manual_seed(recipe.seed)
-    return build_method(recipe.method, Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id))
+    pseudo_glosses = 0 if lexicon is None else len(lexicon)
+    vocabulary = Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id, pseudo_glosses)
+    method = build_method(recipe.method, vocabulary)
+    if isinstance(method, HFAPretraining) and lexicon is not None:
+        method.use_lexicon(lexicon)
+    return method
 
 
-def save_export(folder: Path, recipe: config.Recipe, weights: dict[str, Tensor], tokenizer: TextTokenizer) -> None:
+def save_export(
+    folder: Path,
+    recipe: config.Recipe,
+    weights: dict[str, Tensor],
+    tokenizer: TextTokenizer,
+    lexicon: Lexicon | None = None,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(recipe.to_json())
     tokenizer.save(folder / "tokenizer")
+    if lexicon is not None:
+        lexicon.save(folder / "lexicon")
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(weights, temporary)
     temporary.replace(folder / WEIGHTS)  # last: its presence means that the folder is complete
@@ -52,7 +69,8 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> Exported:
             raise InputError(f"{folder} holds no {name}; expected a folder written at the end of a training run")
     recipe = recipe_from_json((folder / "config.json").read_text(), str(folder / "config.json"))
     tokenizer = load_tokenizer(str(folder / "tokenizer"), max_tokens=recipe.text.max_tokens)
-    method = build(recipe, tokenizer)
+    lexicon = load_lexicon(folder / "lexicon") if (folder / "lexicon").is_dir() else None
+    method = build(recipe, tokenizer, lexicon)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -61,12 +79,14 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> Exported:
     return Exported(recipe, tokenizer, method.to(device).eval())
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str, fresh: Sequence[str] = ()) -> None:
     """Load every weight, none missing, none left over; InputError names the first that do not fit.
 
-    Tied parameters stand in ``weights`` once, under the first of their names.
+    Tied parameters stand in ``weights`` once, under the first of their names. fresh: submodules and parameters that
+    are left as they are, whatever ``weights`` holds of them.
     """
-    own = tensors(module)
+    own = {name: tensor for name, tensor in tensors(module).items() if not _inside(name, fresh)}
+    weights = {name: tensor for name, tensor in weights.items() if not _inside(name, fresh)}
     wrong = sorted(own.keys() ^ weights.keys()) or [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
         for name in sorted(own)
@@ -95,9 +115,12 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def transfer(method: Method, folder: Path, parts: tuple[str, ...]) -> None:
-    """Start the submodules ``parts`` of ``method`` from those of the same names in a finished folder."""
+def transfer(method: Method, folder: Path, parts: Sequence[str], fresh: Sequence[str] = ()) -> None:
+    """Start the submodules ``parts`` of ``method`` from those of a finished folder, see ``StartSettings``."""
     path = folder / WEIGHTS
+    for name in fresh:
+        if not any(_inside(own, (name,)) for own in _all_names(method)):
+            raise InputError(f"start.fresh: the model holds nothing called {name}")
     if not path.is_file():
         raise InputError(f"start: {folder} holds no {WEIGHTS}; finish that run first")
     try:
@@ -107,14 +130,26 @@ def transfer(method: Method, folder: Path, parts: tuple[str, ...]) -> None:
     with file:
         names = list(file.keys())
         for part in parts:
-            prefix = f"{part}."
+            theirs, _, ours = (name.strip() for name in part.partition("->"))
+            ours = ours or theirs
+            prefix = f"{theirs}."
             weights = {name[len(prefix) :]: file.get_tensor(name) for name in names if name.startswith(prefix)}
             if not weights:
                 available = sorted({name.split(".")[0] for name in names})
-                raise InputError(f"start.parts: {folder} holds no part {part}; it holds {', '.join(available)}")
+                raise InputError(f"start.parts: {folder} holds no part {theirs}; it holds {', '.join(available)}")
             try:
-                module = method.get_submodule(part)
+                module = method.get_submodule(ours)
             except AttributeError:
                 own = [name for name, _ in method.named_children()]
-                raise InputError(f"start.parts: the model has no part {part}; it has {', '.join(own)}") from None
-            load_weights(module, weights, f"{folder}, part {part}")
+                raise InputError(f"start.parts: the model has no part {ours}; it has {', '.join(own)}") from None
+            inside = [name.removeprefix(f"{ours}.") for name in fresh if name.startswith(f"{ours}.")]
+            load_weights(module, weights, f"{folder}, part {part}", inside)
+
+
+def _inside(name: str, parts: Sequence[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _all_names(module: nn.Module) -> set[str]:
+    """Also the second names of tied parameters."""
+    return {name for name, _ in module.named_parameters(remove_duplicate=False)} | persistent_buffers(module).keys()

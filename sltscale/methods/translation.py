@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from sltscale.config import TranslationSettings
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Method, Vocabulary
-from sltscale.models.language import teacher_forcing
+from sltscale.models.language import build_language_model, teacher_forcing
 from sltscale.models.translator import Translator
-from sltscale.structures import LossOutput, TextBatch, VideoBatch
+from sltscale.models.visual import VisualEncoder
+from sltscale.structures import Features, LossOutput, TextBatch, VideoBatch
 
 
 class Translation(Translator, Method):
     """Visual encoder, linear projection, mBART-architecture encoder-decoder (C2RL section IV-B, GFSLT stage 2)."""
 
     def __init__(self, settings: TranslationSettings, vocabulary: Vocabulary) -> None:
-        super().__init__(settings.visual, settings.language_model, vocabulary)
+        visual = VisualEncoder(settings.visual)
+        language_model = build_language_model(settings.language_model, vocabulary)
+        super().__init__(visual, nn.Linear(visual.width, language_model.config.d_model), language_model)
         self.weights = {"lm": 1.0}
         self.settings, self.vocabulary = settings, vocabulary
 
-    def forward(self, batch: VideoBatch, text: TextBatch) -> dict[str, LossOutput]:
+    def encode(
+        self, batch: VideoBatch, text: TextBatch, *, features_only: bool
+    ) -> tuple[dict[str, LossOutput], Features]:
         decoder_ids, labels = teacher_forcing(text, self.vocabulary)
         logits = self.logits(batch.frames, decoder_ids)
-        return {"lm": label_smoothed_cross_entropy(logits, labels, self.settings.label_smoothing)}
+        return {"lm": label_smoothed_cross_entropy(logits, labels, self.settings.label_smoothing)}, Features()
+
+    def counts(self, text: TextBatch) -> dict[str, Tensor]:
+        return {"lm": text.attention_mask.sum()}

@@ -12,6 +12,7 @@ from transformers import ResNetConfig, ResNetModel
 from sltscale.config import ResNetSettings
 from sltscale.errors import InputError
 from sltscale.models.layers import use_global_batch_norm
+from sltscale.models.memory import checkpoint_blocks
 from sltscale.models.pretrained import load_pretrained
 from sltscale.structures import Ragged
 
@@ -48,6 +49,8 @@ class FrameEncoder(nn.Module):
                 )
             )
         use_global_batch_norm(self.resnet)
+        stages = self.resnet.encoder.stages
+        checkpoint_blocks([self.resnet.embedder, *(block for stage in stages for block in stage.layers)], settings)
         self.width: int = self.resnet.config.hidden_sizes[-1]
         # channels_last is the faster layout for convolution, batch norm and pooling on CPU (1.4 to 1.8 times over all)
         # and on GPU tensor cores. With fewer than 16 channels the backward of a 1x1 convolution of stride 2 crashes in

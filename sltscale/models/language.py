@@ -5,7 +5,7 @@ Letters: B sequences, T longest, L text tokens, D width, V vocabulary. Masks are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,24 @@ from transformers import GenerationConfig, MBartConfig, MBartForConditionalGener
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mbart.modeling_mbart import MBartDecoder, MBartEncoder, shift_tokens_right
 
-from sltscale.config import LanguageModelSettings, TransformerSettings
+from sltscale.config import LanguageModelSettings, TextDecoderSettings, TextEncoderSettings, TransformerSettings
 from sltscale.errors import InputError
+from sltscale.models.memory import checkpoint_blocks
 from sltscale.models.pretrained import load_pretrained
 from sltscale.structures import TextBatch
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model has to know of the tokenizer: number of ids, and the ids of padding and end of sentence."""
+    """What a model has to know of the tokenizer: number of ids, and the ids of padding and end of sentence.
+
+    pseudo_glosses: how many there are to learn, where the method learns them.
+    """
 
     size: int
     pad_id: int
     eos_id: int
+    pseudo_glosses: int = field(default=0, compare=False)
 
 
 def teacher_forcing(text: TextBatch, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -45,6 +50,7 @@ class TransformerEncoder(nn.Module):
     def __init__(self, settings: TransformerSettings) -> None:
         super().__init__()
         self.blocks = MBartEncoder(_blocks_config(settings, Vocabulary(size=2, pad_id=1, eos_id=0)))
+        checkpoint_blocks(self.blocks.layers, settings)
         del self.blocks.embed_tokens  # never read when vectors come in, and an unused parameter has no gradient
         self.max_positions = settings.max_positions
 
@@ -55,12 +61,21 @@ class TransformerEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids [B, L] and mask [B, L] -> [B, L, D]: own embedding, mBART encoder blocks."""
+    """Token ids [B, L] and mask [B, L] -> [B, L, D]: own embedding, mBART encoder blocks.
+
+    InputError if an mBART that it is to start from cannot be had or has other token ids.
+    """
 
     def __init__(self, settings: TransformerSettings, vocabulary: Vocabulary) -> None:
         super().__init__()
-        self.blocks = MBartEncoder(_blocks_config(settings, vocabulary))
-        self.max_positions = settings.max_positions
+        if isinstance(settings, TextEncoderSettings) and settings.pretrained is not None:
+            mbart = _load_mbart(settings.pretrained, vocabulary, dropout=settings.dropout, attention_dropout=0.0)
+            self.blocks = mbart.get_encoder()
+        else:
+            self.blocks = MBartEncoder(_blocks_config(settings, vocabulary))
+        checkpoint_blocks(self.blocks.layers, settings)
+        self.max_positions: int = self.blocks.config.max_position_embeddings
+        self.width: int = self.blocks.config.d_model
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         _check_length(ids.shape[1], self.max_positions, "a sentence has {} tokens")
@@ -75,6 +90,7 @@ class TextDecoder(nn.Module):
     def __init__(self, settings: TransformerSettings, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.blocks = MBartDecoder(_blocks_config(settings, vocabulary))
+        checkpoint_blocks(self.blocks.layers, settings)
         self.lm_head = nn.Linear(settings.width, vocabulary.size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
         self.max_positions = settings.max_positions
@@ -120,21 +136,84 @@ def build_language_model(settings: LanguageModelSettings, vocabulary: Vocabulary
             )
         )
     else:
-        model = load_pretrained(
-            MBartForConditionalGeneration,
-            settings.pretrained,
-            dropout=settings.dropout,
-            attention_dropout=settings.attention_dropout,
-            attn_implementation="sdpa",
+        model = _load_mbart(
+            settings.pretrained, vocabulary, dropout=settings.dropout, attention_dropout=settings.attention_dropout
         )
-        found = Vocabulary(model.config.vocab_size, model.config.pad_token_id, model.config.eos_token_id)
-        if found != vocabulary:
+    checkpoint_blocks([*model.get_encoder().layers, *model.get_decoder().layers], settings)
+    return _decoding_by_the_recipe(model, vocabulary)
+
+
+def build_encoder_decoder(
+    encoder: TransformerSettings, decoder: TextDecoderSettings, vocabulary: Vocabulary
+) -> MBartForConditionalGeneration:
+    """Encoder of vectors and text decoder of one width, each of its own size (GFSLT-VLP). One token embedding, which
+    only the decoder reads; the output layer is another matrix, freshly drawn, unless ``decoder.tied``.
+
+    InputError if the widths differ, or an mBART that the decoder is to start from cannot be had or has other token ids.
+    """
+    mbart = None if decoder.pretrained is None else _load_mbart(decoder.pretrained, vocabulary, dropout=decoder.dropout)
+    if mbart is not None and decoder.start == "decoder":
+        model = mbart
+    else:
+        config = _blocks_config(decoder, vocabulary)
+        config.encoder_layers, config.init_std = 0, decoder.init_std
+        model = MBartForConditionalGeneration(config)
+        if mbart is not None:
+            start_embeddings(model.get_decoder(), mbart, decoder.pretrained)
+    width = model.config.d_model
+    if width != encoder.width:
+        raise InputError(
+            f"method.text_decoder's width is {width}, method.visual.transformer.width {encoder.width}; "
+            f"the decoder attends to the encoder directly: set both to the same number"
+        )
+    model.model.encoder = TransformerEncoder(encoder).blocks
+    checkpoint_blocks(model.get_decoder().layers, decoder)
+    if not decoder.tied:
+        model.lm_head = nn.Linear(width, vocabulary.size, bias=False)
+        nn.init.normal_(model.lm_head.weight, std=decoder.init_std)
+        model.config.tie_word_embeddings = False
+    return _decoding_by_the_recipe(model, vocabulary)
+
+
+def load_decoder_start(settings: TextDecoderSettings, decoder: TextDecoder, vocabulary: Vocabulary) -> None:
+    """Token embedding, positions and output layer of ``decoder`` from the mBART that ``settings`` names, if any."""
+    if settings.pretrained is not None:
+        mbart = _load_mbart(settings.pretrained, vocabulary)
+        start_embeddings(decoder.blocks, mbart, settings.pretrained)
+        with torch.no_grad():
+            decoder.lm_head.weight.copy_(mbart.lm_head.weight)
+
+
+def start_embeddings(decoder: MBartDecoder, mbart: MBartForConditionalGeneration, name: str | None) -> None:
+    """Token embedding and positions of ``mbart`` (called ``name``) into ``decoder``; InputError if sizes differ."""
+    source = mbart.get_decoder()
+    for part in ("embed_tokens", "embed_positions"):
+        own, given = getattr(decoder, part).weight, getattr(source, part).weight
+        if own.shape != given.shape:
             raise InputError(
-                f"language model {settings.pretrained!r} has {found.size} token ids, padding {found.pad_id} and end "
-                f"{found.eos_id}; the tokenizer has {vocabulary.size}, {vocabulary.pad_id} and {vocabulary.eos_id}: "
-                f"set text.tokenizer to the tokenizer that belongs to the model"
+                f"method.text_decoder: {part} of {name!r} is {tuple(given.shape)}, wanted is {tuple(own.shape)}; set "
+                f"width and max_positions to the model's"
             )
-    # Decoding follows the recipe, never what a checkpoint's generation_config.json happens to say.
+        with torch.no_grad():
+            own.copy_(given)
+
+
+def _load_mbart(name: str, vocabulary: Vocabulary, **options: float) -> MBartForConditionalGeneration:
+    model = load_pretrained(MBartForConditionalGeneration, name, attn_implementation="sdpa", **options)
+    found = model.config.vocab_size, model.config.pad_token_id, model.config.eos_token_id
+    if found != (vocabulary.size, vocabulary.pad_id, vocabulary.eos_id):
+        raise InputError(
+            f"language model {name!r} has {found[0]} token ids, padding {found[1]} and end {found[2]}; the tokenizer "
+            f"has {vocabulary.size}, {vocabulary.pad_id} and {vocabulary.eos_id}: "
+            f"set text.tokenizer to the tokenizer that belongs to the model"
+        )
+    return model
+
+
+def _decoding_by_the_recipe(
+    model: MBartForConditionalGeneration, vocabulary: Vocabulary
+) -> MBartForConditionalGeneration:
+    """Never by what a checkpoint's generation_config.json happens to say."""
     model.generation_config = GenerationConfig(pad_token_id=vocabulary.pad_id, eos_token_id=vocabulary.eos_id)
     return model
 

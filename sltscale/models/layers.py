@@ -6,8 +6,9 @@ Letters: N packed items of this rank, C features, W ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,11 @@ class GlobalBatchNorm(_BatchNorm):
     Equals nn.BatchNorm1d/2d of one process that holds all ranks' items - outputs, buffers, gradients - for any split
     of the items over the ranks. Same state-dict names. Works on CPU (gloo) and GPU. Statistics are kept and computed
     in float32 (float64 in a float64 model) also where the model is cast to bfloat16.
+
+    counting: False while a batch is encoded that will come again, so that it is not in the buffers twice.
     """
+
+    counting = True
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None) -> None:
         super().__init__(features, eps, momentum, device=device)
@@ -109,7 +114,9 @@ class GlobalBatchNorm(_BatchNorm):
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         if not self.training:
             return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
-        if self.num_batches_tracked is not None:
+        if not self.counting:
+            mean, variance = mean.clone(), variance.clone()
+        elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         # torch refuses a single item per channel, as one clip of one frame brings; ours then returns the bias.
         if not parallel.is_distributed() and x.numel() > x.shape[1]:
@@ -127,6 +134,51 @@ class GlobalBatchNorm(_BatchNorm):
             if old is not None and new.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, old.to(new.device))
         return self
+
+
+class FrozenBatchNorm(GlobalBatchNorm):
+    """Batch norm whose statistics, weight and bias stay as they were loaded; a fixed affine map per channel."""
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None) -> None:
+        super().__init__(features, eps, momentum, device=device)
+        super().train(False)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        return self
+
+
+def choose_norm(module: nn.Module, norm: Literal["batch", "frozen", "layer"]) -> None:
+    """Make every GlobalBatchNorm inside ``module`` what the recipe wants, under the same names.
+
+    "frozen" keeps values and statistics for good; "layer" normalises each item over its own channels (and pixels), so
+    that nothing depends on the batch.
+    """
+    if norm == "batch":
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, GlobalBatchNorm):
+                if norm == "frozen":
+                    new: nn.Module = FrozenBatchNorm(child.num_features, child.eps, device="meta")
+                    new.load_state_dict(child.state_dict(), assign=True)
+                    new.requires_grad_(False)
+                else:
+                    new = nn.GroupNorm(1, child.num_features, child.eps)
+                setattr(parent, name, new)
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms normalise as before, but do not count what they see."""
+    norms = [part for part in module.modules() if isinstance(part, GlobalBatchNorm)]
+    for norm in norms:
+        norm.counting = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.counting = True
 
 
 def use_global_batch_norm(module: nn.Module) -> None:

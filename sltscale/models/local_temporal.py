@@ -7,55 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from sltscale.config import Positive, Settings, Share
+from sltscale.config import LocalTemporalSettings
 from sltscale.models.attention import packed_attention
 from sltscale.models.layers import GlobalBatchNorm
 from sltscale.structures import Ragged
-
-
-class LocalTemporalSettings(Settings):
-    """Linear, sine positions, blocks of local attention, down-sampling by 2, blocks, linear. The defaults are HFA's.
-
-    norm_input: batch norm after the first linear layer. layers: blocks before and after the down-sampling. window:
-    steps that a step sees, itself included. drop_path: rate of the last block, rising linearly from 0 at the first.
-    layer_scale: first value of the learned factors on attention; scale_feed_forward: on the feed-forward part too
-    (Sign2GPT). attention_dropout: of the attention weights (Sign2GPT 0.1). output_width: of a last linear layer, none
-    leaves it out (Sign2GPT). attention: a backend of ``models/attention.py``, none for the first that can do it.
-
-    padding "none": nothing depends on the rest of the batch. "reference": as both papers' code, whose sequences are
-    padded with zeros to the longest; padded steps are left out as keys only, so that the first of them is averaged
-    into a clip's last segment, and a clip of even length gets one segment more.
-    """
-
-    width: Positive = 512
-    heads: Positive = 8
-    feed_forward: Positive = 2048
-    layers: tuple[Positive, Positive] = (2, 2)
-    window: Positive = 7
-    norm_input: bool = True
-    dropout: Share = 0.1
-    attention_dropout: Share = 0.0
-    drop_path: Share = 0.1
-    layer_scale: float = 1e-5
-    scale_feed_forward: bool = False
-    output_width: Positive | None = 1024
-    attention: str | None = None
-    padding: Literal["none", "reference"] = "none"
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> LocalTemporalSettings:
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} is not a multiple of twice its {self.heads} heads (rotary positions)")
-        if self.window % 2 == 0:
-            raise ValueError(f"window {self.window} is even; a step sees as many steps before it as after it")
-        return self
 
 
 @dataclass(frozen=True)

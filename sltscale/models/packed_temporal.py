@@ -5,31 +5,17 @@ Letters: N packed steps (sum of lengths), B sequences, T longest, C width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltscale.config import Positive, Settings
+from sltscale.config import PackedTemporalSettings
 from sltscale.models.layers import GlobalBatchNorm
 from sltscale.structures import Ragged
 
 COPIES = 8  # of the first and, at least, of the last frame
 KERNEL = 5
 PAD_VALUE = 1.0  # the id of the padding token, which GFSLT-VLP also pads its feature vectors with
-
-
-class PackedTemporalSettings(Settings):
-    """sign_embedding: a linear layer with batch norm and ReLU behind the convolutions (GFSLT-VLP's translation stage).
-
-    norm_over: the steps that batch norm takes its statistics over in training: the valid ones, or, as GFSLT-VLP's
-    code, those of sequences padded with 1.0 to the longest.
-    """
-
-    width: Positive = 1024
-    sign_embedding: bool = False
-    norm_over: Literal["valid", "padded"] = "valid"
 
 
 class PackedTemporalEncoder(nn.Module):

@@ -5,24 +5,26 @@ Letters: B videos, N packed frames, T longest video, L text tokens, D the langua
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from sltscale.config import LanguageModelSettings, VisualSettings
-from sltscale.models.language import Vocabulary, beam_search, build_language_model
-from sltscale.models.visual import VisualEncoder
+from sltscale.models.language import beam_search
 from sltscale.structures import Ragged
 
 
 class Translator(nn.Module):
     """The parts of a translation model and the two ways of using them. ``logits`` for training under teacher forcing,
     ``generate`` for decoding. A method inherits it, so that the parts keep their names (``visual``,
-    ``language_model``) from pretraining to translation."""
+    ``language_model``) from pretraining to translation.
 
-    def __init__(self, visual: VisualSettings, language_model: LanguageModelSettings, vocabulary: Vocabulary) -> None:
+    visual: Ragged uint8 frames -> Ragged [N', C]. projection: [N', C] -> [N', D], on valid steps only. language_model:
+    of mBART's architecture.
+    """
+
+    def __init__(self, visual: nn.Module, projection: nn.Module, language_model: Any) -> None:
         super().__init__()
-        self.visual = VisualEncoder(visual)
-        self.language_model = build_language_model(language_model, vocabulary)
-        self.projection = nn.Linear(self.visual.width, self.language_model.config.d_model)
+        self.visual, self.language_model, self.projection = visual, language_model, projection
 
     def logits(self, frames: Ragged, decoder_ids: Tensor) -> Tensor:
         """[B, L, V] for decoder inputs [B, L] that start with the language code."""

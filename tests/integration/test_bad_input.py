@@ -41,6 +41,8 @@ def test_deepspeed_json_that_sets_what_the_recipe_owns(command: Command, corpus,
         ('{"gradient_clipping": 1.0}', "gradient_clipping"),
         ("{", "not valid JSON"),
         ("[]", "no JSON object"),
+        ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "compute_grad_norm"),
+        ('{"bf16": {"enabled": true, "check_grad_overflow": false}}', "check_grad_overflow"),
     ):
         path = tmp_path / "ds.json"
         path.write_text(content)

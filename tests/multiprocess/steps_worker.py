@@ -20,6 +20,7 @@ from sltscale.engine.deepspeed_engine import build_engine, leave, start_processe
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
+from sltscale.engine.watchdog import Watchdog
 from sltscale.methods import export
 from sltscale.structures import Ragged, VideoBatch
 
@@ -27,13 +28,29 @@ CLIPS = 24
 WORDS = ("morgen", "kommt", "der", "regen", "die", "sonne", "geht", "heute", "nach", "hause", "gern", "wieder")
 
 
-def recipe_for(method: str, optimizer: str, dropout: float, clip_norm: float | None) -> config.Recipe:
+def recipe_for(
+    method: str,
+    optimizer: str,
+    dropout: float,
+    clip_norm: float | None,
+    norm: str = "batch",
+    micro_frames: int | None = None,
+) -> config.Recipe:
     tiny = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 32, "dropout": dropout, "max_positions": 32}
     visual = {
         "frames": {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]},
         "transformer": tiny,
+        "norm": norm,
     }
+    packed = {key: visual[key] for key in ("frames", "transformer", "norm")} | {"temporal": {"width": 16}}
     methods = {
+        "gfslt_vlp": {
+            "name": "gfslt_vlp",
+            "visual": packed,
+            "text_encoder": tiny,
+            "text_decoder": tiny,
+            "group_size": 3,
+        },
         "c2rl": {"name": "c2rl", "visual": visual, "text_encoder": tiny, "text_decoder": tiny},
         "translation": {
             "name": "translation",
@@ -54,7 +71,14 @@ def recipe_for(method: str, optimizer: str, dropout: float, clip_norm: float | N
         {
             "name": "tiny",
             "seed": 3,
-            "data": {"shards": "none", "frame_size": 16, "crop_size": 16, "global_batch": 8, "max_frames": 32},
+            "data": {
+                "shards": "none",
+                "frame_size": 16,
+                "crop_size": 16,
+                "global_batch": 8,
+                "max_frames": 8,
+                "micro_frames": micro_frames,
+            },
             "text": {"max_tokens": 32},
             "evaluation": {"max_new_tokens": 20},
             "method": methods[method],
@@ -91,6 +115,8 @@ def main() -> None:
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--clip_norm", type=float, help="no clipping if not given")
+    parser.add_argument("--norm", default="batch")
+    parser.add_argument("--micro_frames", type=int)
     parser.add_argument("--stages", default="0,1,2,3")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="checkpoint folder of an earlier call, for all stages")
@@ -98,14 +124,31 @@ def main() -> None:
     options = parser.parse_args()
 
     device = start_processes()
-    recipe = recipe_for(options.method, options.optimizer, options.dropout, options.clip_norm)
-    plan = Plan([len(clip(number)[0]) for number in range(CLIPS)], recipe.seed, BatchRule.of(recipe.data))
+    recipe = recipe_for(
+        options.method, options.optimizer, options.dropout, options.clip_norm, options.norm, options.micro_frames
+    )
+    plan = Plan(
+        [len(clip(number)[0]) for number in range(CLIPS)],
+        recipe.seed,
+        BatchRule.of(recipe.data),
+        micro_frames=options.micro_frames,
+    )
     tokenizer = build_corpus_tokenizer([clip(number)[1] for number in range(CLIPS)], ["de"], 60)
     for stage in map(int, options.stages.split(",")):
         folder = RunFolder(options.out / f"zero{stage}")
         folder.path.mkdir(parents=True, exist_ok=True)
         settings = {"zero_optimization": {"stage": stage}}
-        engine = build_engine(export.build(recipe, tokenizer).to(device), recipe.optim, settings)
+        model = export.build(recipe, tokenizer)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:  # at mBART's deviation of 0.02 so narrow a model attends evenly to everything,
+                    parameter.mul_(5)  # and the gradients of its queries drown in rounding
+        engine = build_engine(
+            model.to(device),
+            recipe.optim,
+            settings,
+            micro_batches=options.micro_frames is not None,
+        )
         first_step = 0
         if options.resume is not None:
             latest, complaints = checkpoint.latest_checkpoint(options.resume)
@@ -125,10 +168,11 @@ def main() -> None:
             first_step=first_step,
             device=device,
             stop=StopRequest(),
+            watchdog=Watchdog(recipe.train.watchdog_seconds),
             seconds_before=0.0,
             evaluate=lambda committed: None,
         )
-        checkpoint.save_checkpoint(engine, folder.checkpoints, last_step, 2, plan.state(last_step))
+        checkpoint.save_checkpoint(engine, folder, recipe, last_step, plan.state(last_step))
         telemetry.close()
         engine.destroy()
     parallel.barrier()

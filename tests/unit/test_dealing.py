@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltscale.data.batches.dealing import balanced_shares, evaluation_shares
+from sltscale.data.batches.dealing import balanced_shares, evaluation_shares, micro_shares
 
 loads = st.lists(st.integers(0, 500), max_size=60)
 
@@ -44,3 +44,24 @@ def test_evaluation_deals_every_clip_once_to_any_number_of_ranks(
         assert ordered == sorted(ordered, reverse=True)
     sizes = [sum(map(len, rank)) for rank in ranks]
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 6), st.integers(200, 900))
+def test_micro_batches_keep_to_the_budget_and_are_as_many_on_every_rank(
+    lengths: list[int], ranks: int, budget: int
+) -> None:
+    if ranks > len(lengths):
+        return
+    dealt = micro_shares(lengths, ranks, budget)
+    assert len(dealt) == ranks
+    assert len({len(parts) for parts in dealt}) == 1
+    assert all(0 < sum(lengths[position] for position in part) <= budget for parts in dealt for part in parts)
+    assert sorted(position for parts in dealt for part in parts for position in part) == list(range(len(lengths)))
+    if len(dealt[0]) == 1:
+        assert max(sum(lengths[p] for p in parts[0]) for parts in dealt) <= budget
+
+
+def test_without_a_budget_a_share_is_one_micro_batch() -> None:
+    lengths = [5, 3, 8, 1]
+    assert [parts[0] for parts in micro_shares(lengths, 2, None)] == balanced_shares(lengths, 2)
+    assert len(micro_shares([10] * 12, 2, 30)[0]) == 2

@@ -24,7 +24,12 @@ DOORS = {
         "sltscale/data/synthetic/*.py",
         "tools/bench_*.py",
     ),
-    "transformers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
+    "transformers": (
+        "sltscale/models/frames.py",
+        "sltscale/models/dino.py",
+        "sltscale/models/language.py",
+        "sltscale/data/text.py",
+    ),
     "tokenizers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
     "peft": ("sltscale/models/*.py",),
     "sacrebleu": ("sltscale/evaluation/translation.py",),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from av.video.frame import VideoFrame
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MBartConfig,
     MBartForConditionalGeneration,
@@ -248,7 +248,8 @@ def test_generation_longer_than_the_decoder_is_refused() -> None:
 
 def test_translator_logits_and_generation() -> None:
     frames = clips([4, 2])
-    translator = Translator(VISUAL, LANGUAGE, VOCABULARY)
+    language_model = build_language_model(LANGUAGE, VOCABULARY)
+    translator = Translator(VisualEncoder(VISUAL), nn.Linear(VISUAL.transformer.width, LANGUAGE.width), language_model)
     assert translator.logits(frames, torch.randint(3, 40, (2, 5))).shape == (2, 5, 40)
     hypotheses = translator.eval().generate(
         frames, torch.tensor([33, 34]), beams=2, length_penalty=1.0, max_new_tokens=4

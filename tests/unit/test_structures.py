@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltscale.structures import Ragged
+from sltscale.structures import Ragged, VideoBatch
 
 lengths_of_sequences = st.lists(st.integers(0, 7), min_size=1, max_size=6)
 
@@ -66,3 +66,13 @@ def test_other_values_must_have_as_many_steps() -> None:
     assert ragged.with_values(torch.ones(3, 4)).lengths.tolist() == [1, 2]
     with pytest.raises(ValueError, match="expected 3 packed steps, found 2"):
         ragged.with_values(torch.ones(2, 4))
+
+
+def test_a_batch_in_parts_is_the_batch() -> None:
+    frames = Ragged.from_lengths(torch.arange(10).view(10, 1, 1), [3, 1, 4, 2])
+    batch = VideoBatch(list("abcd"), frames, list("ABCD"), ["de"] * 4)
+    parts = batch.split([1, 2, 1])
+    assert [part.ids for part in parts] == [["a"], ["b", "c"], ["d"]]
+    assert [part.texts for part in parts] == [["A"], ["B", "C"], ["D"]]
+    assert [part.frames.lengths.tolist() for part in parts] == [[3], [1, 4], [2]]
+    assert torch.equal(torch.cat([part.frames.values for part in parts]), frames.values)

@@ -24,6 +24,27 @@ def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def micro_shares(lengths: Sequence[int], ranks: int, budget: int | None) -> list[list[list[int]]]:
+    """For each rank the micro-batches of its share: as few as it takes for none to exceed ``budget``, as many on every
+    rank, none of them empty. Positions into ``lengths``; one micro-batch a rank without a budget.
+
+    There is a way whenever the budget holds any two items and there are at least as many items as ranks.
+    """
+    if budget is None:
+        return [[share] for share in balanced_shares(lengths, ranks)]
+    for count in range(max(1, sum(lengths) // (ranks * budget)), len(lengths) // ranks + 1):
+        parts = balanced_shares(lengths, ranks * count)
+        loads = [sum(lengths[position] for position in part) for part in parts]
+        if max(loads) <= budget:
+            order = sorted(range(len(parts)), key=lambda part: (-loads[part], part))
+            dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+            for place, part in enumerate(order):  # to and fro, so that heavy and light ones come together
+                turn, r = divmod(place, ranks)
+                dealt[r if turn % 2 == 0 else ranks - 1 - r].append(parts[part])
+            return dealt
+    raise ValueError(f"{len(lengths)} items of up to {max(lengths)} cannot be dealt to {ranks} ranks within {budget}")
+
+
 def evaluation_shares(
     lengths: Sequence[int] | npt.NDArray[np.integer], world_size: int, batch: int
 ) -> list[list[list[int]]]:

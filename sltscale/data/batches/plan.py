@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sltscale.data.batches.batching import BatchRule, Clips, cut
-from sltscale.data.batches.dealing import balanced_shares
+from sltscale.data.batches.dealing import micro_shares
 from sltscale.errors import InputError
 
 PLANNED_EPOCHS = 2  # kept: workers read ahead into the next one
@@ -53,11 +53,18 @@ class Plan:
     through all epochs.
 
     lengths: frames of each clip as they will be used (after temporal sampling), by clip number. parts: None means one,
-    of all clips. Raises InputError for an empty split, a negative seed or a rule that cannot be followed.
+    of all clips. micro_frames: most frames of a micro-batch, at least twice the longest clip. Raises InputError for an
+    empty split, a negative seed or a rule that cannot be followed.
     """
 
     def __init__(
-        self, lengths: npt.ArrayLike, seed: int, rule: BatchRule, *, parts: Sequence[Part] | None = None
+        self,
+        lengths: npt.ArrayLike,
+        seed: int,
+        rule: BatchRule,
+        *,
+        parts: Sequence[Part] | None = None,
+        micro_frames: int | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.parts = [Part(np.arange(len(self.lengths)), len(self.lengths))] if parts is None else list(parts)
@@ -69,7 +76,7 @@ class Plan:
         if seed < 0:
             raise InputError(f"seed is {seed}; expected 0 or more")
         rule.check(int(max(self.lengths[part.clips].max() for part in self.parts if len(part.clips))))
-        self.seed, self.rule = seed, rule
+        self.seed, self.rule, self.micro_frames = seed, rule, micro_frames
         self._ends: list[int] = []  # steps done at the end of each epoch, as far as they were asked for
         self._smallest: list[int] = []
         self._planned: dict[int, list[Clips]] = {}
@@ -106,8 +113,13 @@ class Plan:
 
     def shares(self, step: int, world_size: int) -> list[Clips]:
         """The global batch of ``step`` dealt to ``world_size`` ranks, close in frames, at least one clip for each."""
+        return [np.concatenate(parts) for parts in self.micro_batches(step, world_size)]
+
+    def micro_batches(self, step: int, world_size: int) -> list[list[Clips]]:
+        """Each rank's share of ``step`` as micro-batches within ``micro_frames``, as many on every rank."""
         batch = self.batch(step)
-        return [batch[share] for share in balanced_shares(self.lengths[batch].tolist(), world_size)]
+        dealt = micro_shares(self.lengths[batch].tolist(), world_size, self.micro_frames)
+        return [[batch[part] for part in parts] for parts in dealt]
 
     def share(self, step: int, rank: int, world_size: int) -> Clips:
         """Clip numbers that ``rank`` takes of the global batch of ``step``."""
