@@ -1,7 +1,8 @@
 """Packing goes on whatever happens to its workers, and its results do not depend on them."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
