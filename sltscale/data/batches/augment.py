@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ def sample_frames(num_frames: int, rate: float, rng: np.random.Generator | None 
     if num_frames < 1:
         raise ValueError(f"a clip of {num_frames} frames cannot be sampled")
     n = int(_kept(np.array([num_frames]), rate)[0])
+    if n == num_frames:
+        return list(range(n))
     bounds = np.arange(n + 1, dtype=np.int64) * num_frames // n
     chosen = bounds[:-1] if rng is None else rng.integers(bounds[:-1], bounds[1:])
     return [int(frame) for frame in chosen]
@@ -37,8 +40,9 @@ def sample_frames(num_frames: int, rate: float, rng: np.random.Generator | None 
 
 def limit_frames(indices: Sequence[int], max_frames: int) -> list[int]:
     """At most ``max_frames`` of ``indices``, evenly spread from the first on; shorter lists stay as they are."""
-    n = min(len(indices), max_frames)
-    return [indices[i * len(indices) // n] for i in range(n)]
+    if len(indices) <= max_frames:
+        return list(indices)
+    return [indices[i * len(indices) // max_frames] for i in range(max_frames)]
 
 
 def frames_after_sampling(frames: npt.NDArray[np.integer], settings: DataSettings) -> npt.NDArray[np.int64]:
@@ -65,5 +69,10 @@ def crop_corner(height: int, width: int, size: int, rng: np.random.Generator | N
 
 def _kept(frames: npt.NDArray[np.integer], rate: float) -> npt.NDArray[np.int64]:
     """max(1, int(k T)) for k as it is written: as floats 0.29 * 100 is 28.999..., and 1/3 of 3 frames must be one."""
-    exact = Fraction(rate).limit_denominator(10**6)
+    exact = _exact(rate)
     return np.maximum(1, np.asarray(frames, dtype=np.int64) * exact.numerator // exact.denominator)
+
+
+@cache
+def _exact(rate: float) -> Fraction:
+    return Fraction(rate).limit_denominator(10**6)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
+from av.video.plane import VideoPlane
 
 from sltscale.data.video.limits import MAX_PIXELS, VideoError, decoder_reason
 from sltscale.data.video.samples import find_samples
@@ -36,13 +37,13 @@ def decode_yuv(data: bytes, keep: Sequence[int], out: npt.NDArray[np.uint8], top
     """
     count, rows, width = out.shape
     height = rows * 2 // 3
-    planes = out.reshape(count, -1)
     luma = height * width
-    windows = (
-        planes[:, :luma].reshape(count, height, width),
-        planes[:, luma : luma * 5 // 4].reshape(count, height // 2, width // 2),
-        planes[:, luma * 5 // 4 :].reshape(count, height // 2, width // 2),
-    )
+    planes = out.reshape(count, -1)
+    # A row is one element: numpy then copies row by row in one loop, a quarter faster than a two-dimensional window.
+    row, half_row = np.dtype((np.void, width)), np.dtype((np.void, width // 2))
+    y_rows = planes[:, :luma].view(row)
+    u_rows = planes[:, luma : luma * 5 // 4].view(half_row)
+    v_rows = planes[:, luma * 5 // 4 :].view(half_row)
     done = 0
     for number, frame in enumerate(_frames(data)):
         if frame.height < top + height or frame.width < left + width:
@@ -50,11 +51,10 @@ def decode_yuv(data: bytes, keep: Sequence[int], out: npt.NDArray[np.uint8], top
         while done < count and keep[done] == number:
             if frame.format.name != "yuv420p":
                 frame = frame.reformat(format="yuv420p", threads=1)
-            for shift, plane, window in zip((0, 1, 1), frame.planes, windows, strict=True):
-                stride = plane.line_size
-                offset = (top >> shift) * stride + (left >> shift)
-                target = window[done]
-                target[:] = np.ndarray(target.shape, np.uint8, cast(bytes, plane), offset, (stride, 1))
+            y, u, v = frame.planes
+            y_rows[done, :] = _rows(y, row, height, top, left)
+            u_rows[done, :] = _rows(u, half_row, height // 2, top // 2, left // 2)
+            v_rows[done, :] = _rows(v, half_row, height // 2, top // 2, left // 2)
             done += 1
         if done == count:
             return
@@ -79,6 +79,11 @@ def decode_clip(data: bytes, keep: Sequence[int] | None = None) -> np.ndarray:
     if not pictures or (wanted is not None and len(pictures) < len(wanted)):
         raise VideoError(f"holds fewer frames than expected: {len(pictures)} of {len(keep or [0])} could be decoded")
     return np.stack(pictures).transpose(0, 3, 1, 2)
+
+
+def _rows(plane: VideoPlane, row: np.dtype[np.void], count: int, top: int, left: int) -> npt.NDArray[np.void]:
+    stride = plane.line_size
+    return np.ndarray(count, row, cast(bytes, plane), top * stride + left, (stride,))
 
 
 def _frames(data: bytes) -> Iterator[VideoFrame]:
