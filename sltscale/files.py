@@ -26,3 +26,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def readable_bytes(size: float) -> str:
+    """A number of bytes, in kB, MB or GB."""
+    unit, factor = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e6 else ("kB", 1e3)
+    return f"{size / factor:.1f} {unit}"

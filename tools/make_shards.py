@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes (default: one per CPU)")
     add("--clips-per-shard", type=int, default=500, help="(default 500)")
     add("--part", type=_part, metavar="I/N", help="only every N-th shard from I on; then: sltscale shards merge DIR")
-    add("--dry-run", action="store_true", help="say what would be packed, from the annotations alone, and end")
+    add("--dry-run", action="store_true", help="what all of it would give, from the annotations alone; then end")
     return main
 
 

@@ -56,6 +56,7 @@ def phoenix2014t(
     return reading.corpus()
 
 
+LANGUAGE_CODE = r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*"  # as in BCP 47
 _OTHER_LENGTH = "labels whose length is not their number of images"
 
 
@@ -260,7 +261,7 @@ def _folder_clip(row: Row, sources: Sources, language: str, split: str) -> Clip:
     text, file, start, end = row["text"].strip(), row["file"], row.get("start"), row.get("end")
     if not split:
         raise BadRow(f"unknown split {row['split']!r}")
-    if not re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*", language):
+    if not re.fullmatch(LANGUAGE_CODE, language):
         raise BadRow(f"{language[:40]!r} is no language code such as de or en-US")
     if start and end:
         span(start, end)
@@ -319,6 +320,8 @@ def read_corpus(
         raise InputError(f"unknown corpus {name!r}; {known}")
     if split is not None and split not in SPLITS:
         raise InputError(f"unknown split {split!r}; expected {', '.join(SPLITS)}")
+    if language is not None and not re.fullmatch(LANGUAGE_CODE, language):
+        raise InputError(f"{language[:40]!r} is no language code such as de or en-US")
     if captions is not None and name != "youtube_asl":
         raise InputError(f"corpus {name} has no caption files; leave --captions out")
     given: dict[str, Any] = {"language": language, "captions": captions}

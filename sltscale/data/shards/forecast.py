@@ -15,6 +15,7 @@ from sltscale.data.clips import SPLITS, Clip, Cutting
 from sltscale.data.corpora import read_corpus
 from sltscale.data.shards.split_report import by_reason
 from sltscale.errors import InputError
+from sltscale.files import readable_bytes
 
 # At 256 x 256 pixels, 313 frames of three pieces of real signing video.
 BYTES_PER_FRAME = {"h264": 1518, "hevc": 799, "av1": 864, "jpeg": 7714}
@@ -37,7 +38,7 @@ class Forecast:
     bytes: int | None
 
     def __str__(self) -> str:
-        size = "bytes unknown" if self.bytes is None else f"about {printed(self.bytes)}"
+        size = "bytes unknown" if self.bytes is None else f"about {readable_bytes(self.bytes)}"
         unknown = f" and {self.unknown} clips of unknown length" if self.unknown else ""
         return f"{self.clips} clips, {self.seconds / 3600:.2f} h{unknown}, {size}"
 
@@ -112,17 +113,11 @@ def check_space(out: Path, expected: Forecast) -> None:
     free = shutil.disk_usage(out).free
     if expected.bytes is None or expected.bytes <= free:
         return
-    needed = f"about {printed(expected.bytes)} needed for {expected.clips} clips"
-    message = f"{out}: {needed}, {printed(free)} free"
+    needed = f"about {readable_bytes(expected.bytes)} needed for {expected.clips} clips"
+    message = f"{out}: {needed}, {readable_bytes(free)} free"
     if expected.bytes > REFUSED_FROM * free:
         raise InputError(f"{message}; make room, give another --out, a smaller --frame-size or --fps")
     print(f"warning: {message}; going on, for the forecast is rough", file=sys.stderr, flush=True)
-
-
-def printed(size: float) -> str:
-    """A number of bytes, in kB, MB or GB."""
-    unit, factor = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e6 else ("kB", 1e3)
-    return f"{size / factor:.1f} {unit}"
 
 
 def _seconds(clip: Clip) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sltscale.data.clips import Rejected
 from sltscale.errors import InputError
+from sltscale.files import readable_bytes
 
 SUFFIX = ".report.json"
 
@@ -40,7 +41,7 @@ class Report:
         reasons = "".join(f"; {count} x {reason}" for reason, count in by_reason(self.rejected).most_common())
         return (
             f"{self.split}: {self.packed} clips, {self.frames} frames, {self.seconds / 3600:.3f} h, "
-            f"{self.bytes / 1e6:.1f} MB in {self.shards} shards; {len(self.rejected)} rejected{reasons}"
+            f"{readable_bytes(self.bytes)} in {self.shards} shards; {len(self.rejected)} rejected{reasons}"
         )
 
 

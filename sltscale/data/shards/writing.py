@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from sltscale.data.clips import Clip, Cutting, Rejected
 from sltscale.data.corpora import read_corpus
-from sltscale.data.shards.forecast import Forecast, check_space, chosen_splits, forecast, printed
+from sltscale.data.shards.forecast import Forecast, check_space, chosen_splits, forecast
 from sltscale.data.shards.index import BLOCK, Row, Shard, padded, record_crc32
 from sltscale.data.shards.merge import check_any_packed, merge_split, summarise
 from sltscale.data.shards.packing import packing
@@ -37,6 +37,7 @@ from sltscale.data.shards.split_report import Report
 from sltscale.data.video.encoding import PackedClip
 from sltscale.data.video.presets import PRESETS
 from sltscale.errors import InputError
+from sltscale.files import readable_bytes
 
 os.environ["WDS_SECURE"] = "1"  # read at import: no pickles, no shell pipes
 
@@ -194,8 +195,8 @@ class _Packer:
         if error.errno not in DISK_FULL:
             return ""
         left = self._left(jobs)
-        size = "an unknown number of bytes" if left.bytes is None else f"about {printed(left.bytes)}"
-        free = printed(shutil.disk_usage(self.out).free)
+        size = "an unknown number of bytes" if left.bytes is None else f"about {readable_bytes(left.bytes)}"
+        free = readable_bytes(shutil.disk_usage(self.out).free)
         return f"{size} more needed for {left.clips} clips, {free} free; "
 
 

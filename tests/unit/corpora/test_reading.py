@@ -74,6 +74,8 @@ def test_options_are_checked(tmp_path: Path) -> None:
         read_corpus("zzz", [tmp_path], tmp_path)
     with pytest.raises(InputError, match="unknown split 'valid'"):
         read_corpus("openasl", [tmp_path], tmp_path, split="valid")
+    with pytest.raises(InputError, match="'eng lish' is no language code"):
+        read_corpus("openasl", [tmp_path], tmp_path, language="eng lish")
     with pytest.raises(InputError, match="openasl has no caption files"):
         read_corpus("openasl", [tmp_path], tmp_path, captions=tmp_path)
     with pytest.raises(InputError, match="needs the folder of caption files"):
