@@ -24,10 +24,12 @@ from sltscale.method_settings import (  # noqa: F401 - the whole tree can be had
     PackedVisualSettings,
     Positive,
     ResNetSettings,
+    RetrievalSettings,
     Settings,
     Share,
     TextDecoderSettings,
     TextEncoderSettings,
+    TokenContrastSettings,
     TransformerSettings,
     TranslationSettings,
     VisualSettings,
@@ -59,7 +61,7 @@ class DataSettings(Settings):
     frame_size: height and width that clips are packed at. crop_size: even, window that the model sees (random in
     training, centre otherwise). sampling_rate: the share k of frames kept; one random frame of each of the
     int(k T) equal pieces in training, the first otherwise (C2RL section IV-B). max_frames: longest clip after
-    sampling; longer ones are thinned evenly.
+    sampling; longer ones are thinned evenly. augment "off": nothing is random, training sees what evaluation sees.
 
     A global batch holds at most ``global_batch`` clips, or ``global_frames`` frames counted as if every clip were
     padded to the longest, or both. bucket_window: clips of similar length go together, chosen from this many
@@ -259,13 +261,15 @@ class TrainSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Decoding and scoring. convention: "13a" is sacrebleu's default; "slt" is the field's (tokenise none, floor)."""
+    """Decoding and scoring. convention: "13a" is sacrebleu's default; "slt" is the field's (tokenise none, floor).
+    append_period: score every sentence with " ." behind it, as HFA's code."""
 
     batch: Positive = 16
     beams: Positive = 5
     length_penalty: float = 1.0
     max_new_tokens: Positive = 100
     convention: Literal["13a", "slt"] = "13a"
+    append_period: bool = False
     every_epochs: Positive | None = None
     samples: Annotated[int, Field(ge=0)] = 8
 

@@ -253,7 +253,16 @@ class GFSLTSettings(Settings):
         ]
 
 
-class C2RLSettings(Settings):
+class TokenContrastSettings(Settings):
+    """Of CLCL, see losses.contrastive. max_logit_scale: ceiling of the learned factor (CiCo 100)."""
+
+    inner_temperature: Annotated[float, Field(gt=0)] = 0.07
+    mask_inner: bool = True
+    mix: Literal["sum2", "cico4"] = "sum2"
+    max_logit_scale: Annotated[float, Field(gt=0)] = 100.0
+
+
+class C2RLSettings(TokenContrastSettings):
     """C2RL pretraining (arXiv 2408.09949): L = alpha L_con + beta L_lm."""
 
     name: Literal["c2rl"]
@@ -263,10 +272,6 @@ class C2RLSettings(Settings):
     alpha: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Share = 0.2
-    inner_temperature: Annotated[float, Field(gt=0)] = 0.07
-    mask_inner: bool = True
-    mix: Literal["sum2", "cico4"] = "sum2"
-    max_logit_scale: Annotated[float, Field(gt=0)] = 100.0
 
     def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
         towers = {"text_encoder": self.text_encoder, "text_decoder": self.text_decoder}
@@ -314,6 +319,21 @@ class TranslationSettings(Settings):
     def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
         visual = ("data.max_frames", frames, "visual.transformer", self.visual.transformer.max_positions)
         return [visual, *self.language_model.lengths("data.max_frames", frames, tokens, generated)]
+
+
+class RetrievalSettings(TokenContrastSettings):
+    """Retrieval on C2RL's visual tokens. encoder: of both the video's and the sentence's, with weights of their own."""
+
+    name: Literal["retrieval"]
+    visual: VisualSettings = VisualSettings()
+    encoder: TextEncoderSettings = TextEncoderSettings()
+
+    def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
+        visual = ("data.max_frames", frames, "visual.transformer", self.visual.transformer.max_positions)
+        read = (("data.max_frames", frames), ("text.max_tokens", tokens))
+        if self.encoder.pretrained is not None:
+            return [visual]
+        return [visual, *((key, length, "encoder", self.encoder.max_positions) for key, length in read)]
 
 
 class HFAPretrainingSettings(Settings):
@@ -379,6 +399,7 @@ MethodSettings = Annotated[
     | TranslationSettings
     | GFSLTVLPSettings
     | GFSLTSettings
+    | RetrievalSettings
     | HFAPretrainingSettings
     | HFATranslationSettings,
     Field(discriminator="name"),

@@ -93,6 +93,7 @@ def build_method(settings: MethodSettings, vocabulary: Vocabulary) -> Method:
     from sltscale.methods.gfslt import GFSLT
     from sltscale.methods.gfslt_vlp import GFSLTVLP
     from sltscale.methods.hfa import HFAPretraining, HFATranslation
+    from sltscale.methods.retrieval import Retrieval
     from sltscale.methods.translation import Translation
 
     table: dict[str, Callable[[Any, Vocabulary], Method]] = {
@@ -101,6 +102,7 @@ def build_method(settings: MethodSettings, vocabulary: Vocabulary) -> Method:
         "gfslt_vlp": GFSLTVLP,
         "hfa_pretraining": HFAPretraining,
         "hfa_translation": HFATranslation,
+        "retrieval": Retrieval,
         "translation": Translation,
     }
     return table[settings.name](settings, vocabulary)

@@ -18,14 +18,13 @@ from sltscale.data.lexicon import Lexicon
 from sltscale.errors import InputError
 from sltscale.losses.contrastive import clip_loss
 from sltscale.losses.lexical import pseudo_gloss_loss, pseudo_gloss_scores
-from sltscale.losses.seq2seq import label_smoothed_cross_entropy
-from sltscale.methods.base import Method, RetrievalMethod, Vocabulary
+from sltscale.methods.base import RetrievalMethod, Vocabulary
+from sltscale.methods.translation import TranslationMethod
 from sltscale.models.dino import DinoEncoder
-from sltscale.models.language import build_language_model, teacher_forcing
+from sltscale.models.language import build_language_model
 from sltscale.models.layers import GlobalBatchNorm, LogitScale
 from sltscale.models.local_temporal import LocalTemporalEncoder
 from sltscale.models.lora import add_lora
-from sltscale.models.translator import Translator
 from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
 
 QUERIES_AND_VALUES = r".*\.(q_proj|v_proj)"
@@ -140,7 +139,7 @@ class HFAPretraining(RetrievalMethod):
             raise InputError("this model was trained with alignment = 0 and compares no sentences; retrieval needs it")
 
 
-class HFATranslation(Translator, Method):
+class HFATranslation(TranslationMethod):
     """Segments, mapper, and an mBART-architecture model that is frozen but for LoRA: on query and value layers of its
     encoder, and of self- and cross-attention in its decoder. Embedding and output layer are one and frozen."""
 
@@ -149,19 +148,10 @@ class HFATranslation(Translator, Method):
         language_model = build_language_model(settings.language_model, vocabulary)
         _check_width(visual.width, language_model.config.d_model)
         add_lora(language_model, settings.lora, QUERIES_AND_VALUES)
-        super().__init__(visual, Mapper(visual.width, settings.mapper), language_model)
-        self.weights = {"lm": 1.0}
-        self.settings, self.vocabulary = settings, vocabulary
-
-    def encode(
-        self, batch: VideoBatch, text: TextBatch, *, features_only: bool
-    ) -> tuple[dict[str, LossOutput], Features]:
-        decoder_ids, labels = teacher_forcing(text, self.vocabulary)
-        logits = self.logits(batch.frames, decoder_ids)
-        return {"lm": label_smoothed_cross_entropy(logits, labels, self.settings.label_smoothing)}, Features()
-
-    def counts(self, text: TextBatch) -> dict[str, Tensor]:
-        return {"lm": text.attention_mask.sum()}
+        mapper = Mapper(visual.width, settings.mapper)
+        super().__init__(
+            visual, mapper, language_model, vocabulary=vocabulary, label_smoothing=settings.label_smoothing
+        )
 
 
 class HFAVisual(nn.Module):

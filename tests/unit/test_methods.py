@@ -8,7 +8,10 @@ import torch
 from sltscale.config import (
     C2RLSettings,
     LanguageModelSettings,
+    MethodSettings,
     ResNetSettings,
+    RetrievalSettings,
+    TextEncoderSettings,
     TransformerSettings,
     TranslationSettings,
     VisualSettings,
@@ -31,8 +34,15 @@ TRANSLATION = TranslationSettings(
         width=32, encoder_layers=1, decoder_layers=1, heads=4, feed_forward=48, dropout=0.0, attention_dropout=0.0
     ),
 )
+RETRIEVAL = RetrievalSettings(
+    name="retrieval",
+    visual=VISUAL,
+    encoder=TextEncoderSettings(layers=1, width=32, heads=4, feed_forward=48, dropout=0.0, max_positions=32),
+)
 VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
-BOTH = pytest.mark.parametrize("settings", [PRETRAINING, TRANSLATION], ids=["c2rl", "translation"])
+EACH = pytest.mark.parametrize(
+    "settings", [PRETRAINING, TRANSLATION, RETRIEVAL], ids=["c2rl", "translation", "retrieval"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +65,9 @@ def total(method: Method, losses: dict[str, LossOutput]) -> torch.Tensor:
     return sum(method.weights[part] * loss.loss_sum / loss.count for part, loss in losses.items())
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("seed", [0, 1])
-def test_contract(settings: C2RLSettings | TranslationSettings, seed: int) -> None:
+def test_contract(settings: MethodSettings, seed: int) -> None:
     torch.manual_seed(seed)
     method = build_method(settings, VOCABULARY)
     losses = method(*example([5, 1, 9, 3], [7, 3, 5, 4]))
@@ -65,26 +75,30 @@ def test_contract(settings: C2RLSettings | TranslationSettings, seed: int) -> No
     for loss in losses.values():
         assert loss.loss_sum.dim() == 0 and loss.count.dim() == 0
         assert all(value.dim() == 0 and not value.requires_grad for value in loss.metrics.values())
-    assert int(losses["lm"].count) == 7 + 3 + 5 + 4  # </s> and the language code are learnt too
+    counts = method.counts(example([5, 1, 9, 3], [7, 3, 5, 4])[1])
+    assert {part: int(loss.count) for part, loss in losses.items()} == {p: int(count) for p, count in counts.items()}
+    if "lm" in losses:
+        assert int(losses["lm"].count) == 7 + 3 + 5 + 4  # </s> and the language code are learnt too
     total(method, losses).backward()
     for name, parameter in method.named_parameters():
         assert parameter.dim() > 0, name
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
-@BOTH
-def test_loss_at_the_start(settings: C2RLSettings | TranslationSettings) -> None:
+@EACH
+def test_loss_at_the_start(settings: MethodSettings) -> None:
     """ln(N) per direction where similarities carry nothing yet, ln(V) per token."""
     method = build_method(settings, VOCABULARY)
     with torch.no_grad():
         losses = {part: loss.loss_sum / loss.count for part, loss in method(*example([4] * 8, [6] * 8)).items()}
-    assert float(losses["lm"]) == pytest.approx(math.log(40), abs=0.3)
+    if "lm" in losses:
+        assert float(losses["lm"]) == pytest.approx(math.log(40), abs=0.3)
     if "contrastive" in losses:
         assert float(losses["contrastive"]) == pytest.approx(2 * math.log(8), abs=1.0)
 
 
-@BOTH
-def test_extra_text_padding_changes_nothing(settings: C2RLSettings | TranslationSettings) -> None:
+@EACH
+def test_extra_text_padding_changes_nothing(settings: MethodSettings) -> None:
     method = build_method(settings, VOCABULARY).double()
     results = []
     for extra in (0, 5):
@@ -98,8 +112,8 @@ def test_extra_text_padding_changes_nothing(settings: C2RLSettings | Translation
         torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@BOTH
-def test_extra_video_padding_changes_nothing(settings: C2RLSettings | TranslationSettings) -> None:
+@EACH
+def test_extra_video_padding_changes_nothing(settings: MethodSettings) -> None:
     """max_seqlen larger than the longest clip is what padding to a longer batch amounts to."""
     method = build_method(settings, VOCABULARY).double()
     batch, text = example([5, 1, 9, 3], [7, 3, 5, 4])
@@ -115,8 +129,8 @@ def test_extra_video_padding_changes_nothing(settings: C2RLSettings | Translatio
         torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@BOTH
-def test_two_equal_seeds_train_equally_and_the_loss_falls(settings: C2RLSettings | TranslationSettings) -> None:
+@EACH
+def test_two_equal_seeds_train_equally_and_the_loss_falls(settings: MethodSettings) -> None:
     batch, text = example([5, 2, 6, 3], [7, 3, 5, 4])
     curves = []
     for _ in range(2):
@@ -173,7 +187,7 @@ def test_similarity_in_chunks_equals_pairs(monkeypatch: pytest.MonkeyPatch) -> N
         assert sentence.shape == (5, 7, 24) and sentence_mask.dtype == torch.bool
         whole = method.similarity(video, video_mask, sentence[:3], sentence_mask[:3])
         assert whole.shape == (5, 3)
-        monkeypatch.setattr("sltscale.methods.c2rl.SIMILARITY_ELEMENTS", 2 * 5 * 3 * 7)
+        monkeypatch.setattr("sltscale.methods.token_contrast.SIMILARITY_ELEMENTS", 2 * 5 * 3 * 7)
         chunked = method.similarity(video, video_mask, sentence[:3], sentence_mask[:3])
         torch.testing.assert_close(chunked, whole)
         one = method.similarity(video[3:4, :3], video_mask[3:4, :3], sentence[1:2, :3], sentence_mask[1:2, :3])

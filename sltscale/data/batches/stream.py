@@ -163,7 +163,8 @@ class _Clips(Dataset["_Packed | InputError"]):
 
     def _read(self, clip: int, epoch: int, out: npt.NDArray[np.uint8]) -> None:
         """The chosen frames of one clip, cropped, into ``out`` [T, 3 h / 2, w]."""
-        rng = None if self.seed is None else clip_generator(self.seed, epoch, clip)
+        seed = None if self.settings.augment == "off" else self.seed
+        rng = None if seed is None else clip_generator(seed, epoch, clip)
         keep = choose_frames(int(self.clips.frames[clip]), self.settings, rng)
         index, number = self.clips.locate(clip)
         try:
@@ -195,7 +196,7 @@ def _decode(
 ) -> None:
     """One window for all frames of a clip, into ``out``."""
     size = settings.frame_size
-    corner = crop_corner(size, size, settings.crop_size, rng if settings.augment == "light" else None)
+    corner = crop_corner(size, size, settings.crop_size, rng)
     decode_yuv(data, keep, out, *corner)
 
 
@@ -227,11 +228,11 @@ def _batches(dataset: _Clips, shares: Iterable[_Share], count: int) -> Iterator[
 @contextmanager
 def _started(loader: DataLoader[_Packed | InputError]) -> Iterator[Iterator[Any]]:
     """The loader's items. Its workers end with the block, with the program, or seconds after a main process is gone."""
-    # Workers inherit the blocked signals and never see them. (Starting the resource tracker, which the first worker
-    # would do, unblocks some again.)
-    resource_tracker.ensure_running()
+    # Workers and the resource tracker inherit the blocked signals and never see them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # starting the tracker unblocks some
         items = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
