@@ -49,6 +49,9 @@ class FrameEncoder(nn.Module):
                 )
             )
         use_global_batch_norm(self.resnet)
+        for module in self.resnet.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True
         stages = self.resnet.encoder.stages
         checkpoint_blocks([self.resnet.embedder, *(block for stage in stages for block in stage.layers)], settings)
         self.width: int = self.resnet.config.hidden_sizes[-1]
