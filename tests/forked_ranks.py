@@ -123,6 +123,8 @@ def _train(
     *,
     steps: int = STEPS,
     stage: int = 2,
+    bf16: bool = False,
+    micro_frames: int | None = None,
     optimizer: str = "adamw",
     dropout: float = 0.1,
     train: dict[str, Any] | None = None,
@@ -152,19 +154,19 @@ def _train(
     device, steps_worker = start_processes(), worker()
     tree = steps_worker.recipe_for("c2rl", optimizer, dropout, 0.5).model_dump()
     tree["train"] |= {"checkpoint_every": 2} | (train or {})
+    tree["data"]["micro_frames"] = micro_frames
     recipe = config.Recipe.model_validate(tree)
-    plan = Plan(
-        [len(steps_worker.clip(n)[0]) for n in range(steps_worker.CLIPS)], recipe.seed, BatchRule.of(recipe.data)
-    )
+    lengths = [len(steps_worker.clip(n)[0]) for n in range(steps_worker.CLIPS)]
+    plan = Plan(lengths, recipe.seed, BatchRule.of(recipe.data), micro_frames=micro_frames)
     texts = [steps_worker.clip(number)[1] for number in range(steps_worker.CLIPS)]
     tokenizer = build_corpus_tokenizer(texts, ["de"], 60)
     folder = RunFolder(run)
-    settings = {"zero_optimization": {"stage": stage}}
+    settings = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
     with Watchdog(recipe.train.watchdog_seconds) as watchdog, StopRequest() as stop:
         method = export.build(recipe, tokenizer).to(device)
         if poison is not None:
-            _poison(method, **poison)
-        engine = build_engine(method, recipe.optim, settings)
+            _poison(method, cached=micro_frames is not None, **poison)
+        engine = build_engine(method, recipe.optim, settings, micro_batches=micro_frames is not None)
         folder.join(parallel.on_rank_zero(lambda: folder.open(recipe, settings, {}, parallel.world_size())))
         watchdog.folder = folder
         parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
@@ -206,9 +208,9 @@ def _train(
     return 0 if done == steps else EXIT_STOPPED
 
 
-def _poison(method: Any, *, clips: list[str], gradient: bool, times: int) -> None:
+def _poison(method: Any, *, clips: list[str], gradient: bool, times: int, cached: bool) -> None:
     """NaN in what the first convolution makes of ``clips``, or in the gradient of what the second one does, in the
-    first ``times`` steps of this rank that they come in."""
+    first ``times`` steps of this rank that they come in. cached: clips are encoded twice, once without gradient."""
     import torch
 
     current: dict[str, Any] = {"seen": 0}
@@ -222,16 +224,19 @@ def _poison(method: Any, *, clips: list[str], gradient: bool, times: int) -> Non
         rows = [row for row, clip in enumerate(batch.ids) if clip in clips]
         if not rows:
             return output
-        current["seen"] += 1
-        if current["seen"] > 2 * times:  # each step is taken twice: once more to find the culprit
+        if not gradient or output.requires_grad:
+            current["seen"] += 1
+        # each step is taken twice, once more to find the culprit; with micro-batches the loss is too
+        if current["seen"] > 2 * times * (1 + (cached and not gradient)):
             return output
         factor = torch.ones(len(output), 1, 1, 1)
         for row in rows:
             start, end = batch.frames.cu_seqlens[row : row + 2].tolist()
             factor[start:end] = float("nan")
         if not gradient:
-            return output * factor
-        output.register_hook(lambda g: g * factor)
+            return output * factor.to(output.dtype)
+        if output.requires_grad:
+            output.register_hook(lambda g: g * factor.to(g.dtype))
         return output
 
     method.register_forward_pre_hook(enter)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltscale.config import LocalTemporalSettings
-from sltscale.models.attention import packed_attention
+from sltscale.models.attention import choose_backend, packed_attention
 from sltscale.models.layers import GlobalBatchNorm
 from sltscale.structures import Ragged
 
@@ -27,6 +27,18 @@ class _Steps:
     sequence_of_step: Tensor
     sequences: int
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention_backend(settings: LocalTemporalSettings, device: torch.device, dtype: torch.dtype) -> str:
+    """What of ``models/attention.py`` attends in training; InputError if the settings name a backend that cannot."""
+    return choose_backend(
+        device,
+        dtype,
+        settings.width // settings.heads,
+        window=settings.window,
+        dropout=settings.attention_dropout,
+        backend=settings.attention,
+    )
 
 
 class LocalTemporalEncoder(nn.Module):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked_ranks import Starter, worker
@@ -22,11 +23,11 @@ def starter(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     starter.end()
 
 
-def place() -> tuple[int, int]:
+def place(micro_frames: int | None) -> tuple[int, int]:
     """(step, rank) of the clip in the first epoch on two ranks."""
     recipe = worker().recipe_for("c2rl", "adamw", 0.0, 0.5)
     lengths = [len(worker().clip(number)[0]) for number in range(worker().CLIPS)]
-    plan = Plan(lengths, recipe.seed, BatchRule.of(recipe.data))
+    plan = Plan(lengths, recipe.seed, BatchRule.of(recipe.data), micro_frames=micro_frames)
     for step in range(plan.steps(1)):
         for rank in range(2):
             if int(CLIP) in plan.share(step, rank, 2).tolist():
@@ -35,12 +36,23 @@ def place() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_step_is_skipped_and_the_clip_named(stage: int, what: str, starter: Starter, tmp_path: Path) -> None:
-    step, rank = place()
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        *((stage, {}) for stage in (0, 1, 2, 3)),
+        *((stage, {"micro_frames": 16}) for stage in (0, 1, 2, 3)),
+        *((stage, {"bf16": True}) for stage in (1, 2, 3)),
+    ],
+    ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else f"zero{value}",
+)
+def test_the_step_is_skipped_and_the_clip_named(
+    stage: int, how: dict[str, Any], what: str, starter: Starter, tmp_path: Path
+) -> None:
+    step, rank = place(how.get("micro_frames"))
     # With adamw there is optimizer state that a step of NaN would spoil, with clipping a norm that it would.
     output = starter.check(
         tmp_path,
+        **how,
         stage=stage,
         steps=step + 2,
         train={"checkpoint_every": 1, "keep_checkpoints": 9},
