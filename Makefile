@@ -1,5 +1,5 @@
 # make demo   the main job on the embedded corpus: shards, pretraining, translation, scores (no GPU needed)
-# make test   the tests
+# make test   the tests; test-slow: those that take minutes; test-slurm: those on a SLURM controller of their own; test-gpu: on a GPU
 # Each sets up what it needs in .venv first.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -7,7 +7,7 @@ BIN := .venv/bin
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)" 2>/dev/null || echo 2)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow test-slurm test-gpu lint setup clean
 
 demo: setup
 	$(BIN)/deepspeed --num_gpus $(RANKS) sltscale/train.py --deepspeed ds_configs/zero2.json
@@ -17,6 +17,15 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout 3600
+
+test-slurm: setup
+	@{ command -v slurmctld && command -v munged; } >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install slurm-wlm munge shellcheck; } || \
+	    echo "SLURM (Debian: slurm-wlm, munge) is not here and could not be installed: the tests are skipped"
+	$(PYTEST) -m slurm
+
+test-gpu: setup
+	$(PYTEST) -m gpu --timeout 900
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,20 @@ import sys
 from collections.abc import Sequence
 
 from sltscale import __version__
-from sltscale.commands import checkpoints, lexicon, recipes, scoring, shards, translate
+from sltscale.commands import (
+    checkpoints,
+    doctor,
+    forecast,
+    lexicon,
+    progress,
+    recipes,
+    scoring,
+    shards,
+    submit,
+    sweep,
+    translate,
+    vocab,
+)
 from sltscale.errors import InputError
 
 
@@ -16,7 +29,20 @@ def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="sltscale", description="Gloss-free sign language translation at scale.")
     main_parser.add_argument("--version", action="version", version=__version__)
     commands = main_parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (recipes, shards, checkpoints, scoring, lexicon, translate):
+    for group in (
+        recipes,
+        shards,
+        checkpoints,
+        scoring,
+        lexicon,
+        translate,
+        doctor,
+        submit,
+        progress,
+        sweep,
+        vocab,
+        forecast,
+    ):
         group.add(commands)
     return main_parser
 

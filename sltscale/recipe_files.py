@@ -48,6 +48,28 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return _validate(tree, f"recipe {name_or_path}")
 
 
+def recipe_chain(name_or_path: str, overrides: Sequence[str], run: Path | None) -> list[tuple[Recipe, Path]]:
+    """What is trained, and where: the recipe last (in ``run``, or runs/NAME), before it the one it starts from, before
+    that that one's; folders side by side. ``overrides`` tune the named recipe only.
+
+    Raises InputError for recipes that start from each other, or would share a folder.
+    """
+    recipe = load_recipe(name_or_path, overrides)
+    path = run or Path("runs") / recipe.name
+    chain: list[tuple[Recipe, Path]] = []
+    while True:
+        names = sorted(later.name for later, _ in chain)
+        if recipe.name in names:
+            raise InputError(f"recipe {recipe.name} starts from itself by way of {', '.join(names)}")
+        if any(path == folder for _, folder in chain):
+            raise InputError(f"--run {path}: recipe {recipe.name}, which is trained first, would use the same folder")
+        chain.insert(0, (recipe, path))
+        if recipe.start is None or recipe.start.recipe is None:
+            return chain
+        recipe = load_recipe(recipe.start.recipe)
+        path = path.parent / recipe.name
+
+
 def recipe_from_json(text: str, where: str) -> Recipe:
     """A resolved recipe as stored in a run folder; InputError names ``where`` if it is not one."""
     try:

@@ -28,6 +28,8 @@ from sltscale.data.word_vectors import Vectors, corpus_vectors
 from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, read_deepspeed_json, start_processes
+from sltscale.engine.finished import default_device
+from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
@@ -38,7 +40,8 @@ from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.files import write_atomically
 from sltscale.methods import export
-from sltscale.recipe_files import load_recipe, nearest
+from sltscale.models.local_temporal import attention_backend
+from sltscale.recipe_files import nearest, recipe_chain
 
 Scores = dict[str, Any]
 HEADLINES = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "t2v_recall@1", "v2t_recall@1", "t2v_recall@5")
@@ -65,11 +68,16 @@ def run(deepspeed_path: Path, recipe_name: str, overrides: Sequence[str], run_fo
     began = time.perf_counter()
     deepspeed_json = read_deepspeed_json(deepspeed_path)
     stages = plan_stages(recipe_name, overrides, run_folder)
+    check_stages(stages)
+    with Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
+        _run_stages(stages, deepspeed_json, watchdog, began)
+
+
+def check_stages(stages: list[Stage]) -> None:
+    """InputError for a recipe or run folder that cannot be gone on with; writes nothing."""
     for stage in stages:
         _check_best(stage.recipe)
         stage.folder.check(stage.recipe)
-    with Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
-        _run_stages(stages, deepspeed_json, watchdog, began)
 
 
 def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: Watchdog, began: float) -> None:
@@ -86,8 +94,12 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
                 "tune data of the first one too, or give this one its own data.shards"
             )
     for stage in stages:
+        _attention(stage.recipe, default_device(), deepspeed_json)
+    for stage in stages:
         ensure_synthetic_shards(stage.recipe.data)
-    device = start_processes()
+    # Before the watchdog, which does not know who is missing.
+    longest = max(stage.recipe.train.watchdog_seconds for stage in stages)
+    device = start_processes(min(LIMIT_SECONDS, 0.8 * stages[0].recipe.train.watchdog_seconds), longest)
     scores: list[Scores] = []
     for stage in stages:
         scores.append(train_stage(stage, deepspeed_json, device, watchdog, began))
@@ -111,32 +123,28 @@ def _check_best(recipe: config.Recipe) -> None:
         raise InputError(f"recipe {recipe.name}: train.keep_best.score {best.score!r}; {nearest(best.score, names)}")
 
 
-def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> list[Stage]:
-    """The recipe last, before it the one it starts from, before that that one's; folders side by side.
+def _attention(recipe: config.Recipe, device: torch.device, deepspeed_json: dict[str, Any]) -> str | None:
+    """The backend of attention on packed sequences, where the method has any; InputError if it cannot be had."""
+    visual = getattr(recipe.method, "visual", None)
+    if not isinstance(visual, config.HFAVisualSettings):
+        return None
+    dtype = torch.bfloat16 if deepspeed_json.get("bf16", {}).get("enabled") else torch.float32
+    try:
+        return attention_backend(visual.temporal, device, dtype)
+    except InputError as error:
+        raise InputError(f"recipe {recipe.name}: method.visual.temporal.attention: {error}") from None
 
-    ``overrides`` tune the named recipe only. Raises InputError for recipes that start from each other.
-    """
-    recipe = load_recipe(recipe_name, overrides)
-    path = run_folder or Path("runs") / recipe.name
+
+def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> list[Stage]:
+    """The recipe last, before it the one it starts from, before that that one's (``recipe_chain``)."""
     stages: list[Stage] = []
-    seen: set[str] = set()
-    while True:
-        if recipe.name in seen:
-            raise InputError(f"recipe {recipe.name} starts from itself by way of {', '.join(sorted(seen))}")
-        seen.add(recipe.name)
-        earlier = load_recipe(recipe.start.recipe) if recipe.start and recipe.start.recipe else None
-        if earlier is not None:
-            starts_from: Path | None = path.parent / earlier.name / "export"
-        elif recipe.start is not None and recipe.start.run is not None:
-            starts_from = Path(recipe.start.run) / "export"
-        else:
-            starts_from = None
-        if any(stage.folder.path == path for stage in stages):
-            raise InputError(f"--run {path}: recipe {recipe.name}, which is trained first, would use the same folder")
-        stages.insert(0, Stage(recipe, RunFolder(path), starts_from))
-        if earlier is None:
-            return stages
-        recipe, path = earlier, path.parent / earlier.name
+    for recipe, path in recipe_chain(recipe_name, overrides, run_folder):
+        if recipe.start is not None and recipe.start.run is not None:
+            starts_from: Path | None = Path(recipe.start.run) / "export"
+        else:  # where it starts from a recipe, that one's stage is the one before
+            starts_from = stages[-1].folder.export if stages else None
+        stages.append(Stage(recipe, RunFolder(path), starts_from))
+    return stages
 
 
 def train_stage(
@@ -161,15 +169,13 @@ def train_stage(
     for clips in splits.values():
         check_frame_size(clips, recipe.data)
     tokenizer = _tokenizer(stage, splits["train"])
+    for language in sorted({language for clips in splits.values() for language in clips.languages()}):
+        tokenizer.language_id(language)
     plan = _training_plan(recipe, splits["train"])
     plan.check_world_size(parallel.world_size(), recipe.train.epochs)
     total_steps = plan.steps(recipe.train.epochs)
-    latest, complaints = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(folder.checkpoints))
-    if latest is not None:
-        manifest.check_recipe(latest, recipe)
-        if plan.step_at(latest.manifest["data"]) != latest.step:
-            raise InputError(f"{latest.folder}: its place in the data is not that of step {latest.step}")
-    lexicon = _lexicon(stage, splits["train"])
+    latest, complaints = _latest(stage, plan)
+    lexicon = lexicon_of(stage, splits["train"])
     method = export.build(recipe, tokenizer, lexicon)
     if stage.starts_from is not None and recipe.start is not None:
         export.transfer(method, stage.starts_from, recipe.start.parts, recipe.start.fresh)
@@ -184,7 +190,9 @@ def train_stage(
     parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
     if lexicon is not None:
         parallel.on_rank_zero(lambda: lexicon.save(folder.lexicon))
-    parallel.on_rank_zero(lambda: _check_nothing_came_between(folder, latest, complaints))
+    # Checkpoints are verified before weights are built, and the folder is locked after that.
+    if parallel.on_rank_zero(lambda: _something_came_between(folder, latest, complaints)):
+        latest, complaints = _latest(stage, plan)
     first_step = 0
     if latest is not None:
         checkpoint.restore(engine, latest)
@@ -193,6 +201,9 @@ def train_stage(
     for complaint in complaints:
         telemetry.say(f"warning: {complaint}; going on from an earlier one")
     _introduce(stage, telemetry, method, plan, first_step, deepspeed_json)
+    attention = _attention(recipe, device, deepspeed_json)
+    if attention is not None:
+        telemetry.say(f"{recipe.name}: attention on packed sequences by {attention}")
     _count_truncated(telemetry, tokenizer, splits["train"])
     if damaged:
         telemetry.say(f"warning: {len(damaged)} damaged clips are left out, see {folder.path / 'bad_clips.jsonl'}")
@@ -291,11 +302,19 @@ def _selected(stage: Stage, step: int) -> checkpoint.Checkpoint:
     return manifest.verify(checkpoints / f"step-{step if best is None else best:08d}")
 
 
-def _check_nothing_came_between(folder: RunFolder, latest: checkpoint.Checkpoint | None, complaints: list[str]) -> None:
-    """Checkpoints are verified before weights are built, and the folder is locked after that."""
+def _latest(stage: Stage, plan: Plan) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if there is one, and what is wrong with newer ones; a collective."""
+    latest, complaints = parallel.on_rank_zero(lambda: checkpoint.latest_checkpoint(stage.folder.checkpoints))
+    if latest is not None:
+        manifest.check_recipe(latest, stage.recipe)
+        if plan.step_at(latest.manifest["data"]) != latest.step:
+            raise InputError(f"{latest.folder}: its place in the data is not that of step {latest.step}")
+    return latest, complaints
+
+
+def _something_came_between(folder: RunFolder, latest: checkpoint.Checkpoint | None, complaints: list[str]) -> bool:
     newest = manifest.folders(folder.checkpoints)[-1 - len(complaints) :]
-    if (newest[0] if len(newest) > len(complaints) else None) != (latest.folder if latest is not None else None):
-        raise InputError(f"run folder {folder.path} has just been in use by another process; start again")
+    return (newest[0] if len(newest) > len(complaints) else None) != (latest.folder if latest is not None else None)
 
 
 def _score(
@@ -334,7 +353,7 @@ def _tokenizer(stage: Stage, train: Selection) -> TextTokenizer:
     return build_corpus_tokenizer(train.texts(), train.languages(), text.vocabulary, max_tokens=text.max_tokens)
 
 
-def _lexicon(stage: Stage, train: Selection) -> Lexicon | None:
+def lexicon_of(stage: Stage, train: Selection) -> Lexicon | None:
     """The one the run began with, or the recipe's; none for a method that learns no pseudo-glosses."""
     method = stage.recipe.method
     if not isinstance(method, config.HFAPretrainingSettings) or method.pseudo_gloss == 0:

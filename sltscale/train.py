@@ -17,14 +17,25 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
+import signal
 import time
 from collections.abc import Sequence
 
+from sltscale import launching
 from sltscale.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # as SIGINT: a job may be told to end while it is starting
+        signal.signal(number, signal.default_int_handler)
+    try:
+        launching.here()
+    except InputError as error:
+        _report(str(error))
+        return 2
+    if options.dry_run:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported
     # Imported here: the data workers import this file as their main module and need none of it.
     from sltscale import stages
     from sltscale.engine.checkpoint import NotSavedError
@@ -33,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sltscale.engine.signals import EXIT_STOPPED
 
     try:
-        stages.run(options.deepspeed, options.recipe, overrides, options.run)
+        if options.dry_run:
+            from sltscale import rehearsal
+
+            ranks = options.nodes * options.gpus if options.gpus else None
+            rehearsal.rehearse(options.deepspeed, options.recipe, overrides, options.run, ranks)
+        else:
+            stages.run(options.deepspeed, options.recipe, overrides, options.run)
     except InputError as error:
         _report(str(error))
         return 2
@@ -72,8 +89,17 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--bad-data", choices=("stop", "skip"), help="about damaged clips; short for --data.bad_data (default: stop)"
     )
+    parser.add_argument("--dry-run", action="store_true", help="try everything small, on CPU ranks; train nothing")
+    parser.add_argument("--nodes", type=int, default=1, help="of the run that --dry-run is about")
+    parser.add_argument("--gpus", type=int, help="per node, likewise (default: as many ranks as now)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     options, overrides = parser.parse_known_args(arguments)
+    if (options.nodes != 1 or options.gpus) and not options.dry_run:
+        parser.error("--nodes and --gpus belong to --dry-run; the launcher decides how many ranks there are")
+    if options.nodes < 1 or (options.gpus is not None and options.gpus < 1):
+        parser.error("--nodes and --gpus: expected at least 1 each")
+    if options.nodes != 1 and options.gpus is None:
+        parser.error("--nodes needs --gpus, how many each node has")
     if options.bad_data is not None:
         overrides += ["--data.bad_data", options.bad_data]
     return options, overrides

@@ -1,7 +1,9 @@
-"""Tiny recipes for the integration tests."""
+"""A small synthetic corpus, packed with the real tools, and tiny recipes on it."""
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,3 +90,15 @@ def write_recipes(folder: Path, shards: Path) -> Corpus:
     (folder / "pretrain.toml").write_text(PRETRAIN)
     (folder / "translate.toml").write_text(TRANSLATE.format(folder=folder))
     return Corpus(folder / "source", shards, folder / "pretrain.toml", folder / "translate.toml")
+
+
+def make_corpus(folder: Path, command: Callable[..., subprocess.CompletedProcess[str]]) -> Corpus:
+    """60 clips; ``command`` runs a Python script."""
+    drawn = command("tools/make_synthetic.py", "--out", folder / "source", "--clips", "60", "--seed", "2")
+    assert drawn.returncode == 0, drawn.stderr
+    packed = command(
+        *("tools/make_shards.py", "--corpus", "openasl", "--annotations", folder / "source/annotations.tsv"),
+        *("--videos", folder / "source/videos", "--out", folder / "shards", "--frame-size", "32", "--language", "de"),
+    )
+    assert packed.returncode == 0, packed.stderr
+    return write_recipes(folder, folder / "shards")

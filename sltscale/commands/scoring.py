@@ -1,12 +1,14 @@
-"""``sltscale evaluate`` and ``sltscale retrieve``: a split, scored."""
+"""``sltscale evaluate`` and ``sltscale retrieve``: a split, scored; ``sltscale compare``: two runs on it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from sltscale.commands.arguments import Commands
+from sltscale.commands.arguments import Commands, positive
 from sltscale.errors import InputError
 
 
@@ -23,6 +25,13 @@ def add(commands: Commands) -> None:
             "--out", type=Path, required=True, help="folder for metrics.json and the ranked or translated clips"
         )
         command.set_defaults(work=work)
+    command = commands.add_parser("compare", help="two runs' translations, with confidence intervals and p-values")
+    for name in ("first", "second"):
+        command.add_argument(name, type=Path, metavar="RUN", help="run folder, or one written by sltscale evaluate")
+    command.add_argument("--split", default="test")
+    command.add_argument("--samples", type=positive, default=1000, help="bootstrap resamples")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(work=compare)
 
 
 def evaluate(options: argparse.Namespace, _: Sequence[str]) -> None:
@@ -31,6 +40,24 @@ def evaluate(options: argparse.Namespace, _: Sequence[str]) -> None:
 
 def retrieve(options: argparse.Namespace, _: Sequence[str]) -> None:
     _evaluate(options, retrieval=True)
+
+
+def compare(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sltscale.evaluation.comparison import compare_runs
+    from sltscale.evaluation.report import table
+
+    found, convention = compare_runs(options.first, options.second, options.split, options.samples)
+    if options.json:
+        scores = {name: asdict(values) for name, values in found.items()}
+        print(json.dumps({"convention": convention, "samples": options.samples, "scores": scores}))
+        return
+    rows: list[list[object]] = [["score", str(options.first), str(options.second), "difference", "p"]]
+    for name, values in found.items():
+        first = f"{values.first:.2f} ± {values.first_interval:.2f}"
+        second = f"{values.second:.2f} ± {values.second_interval:.2f}"
+        rows.append([name, first, second, f"{values.second - values.first:+.2f}", f"{values.p:.4f}"])
+    print(table(rows))
+    print(f"{convention}, {options.split}; 95 % intervals and paired bootstrap, {options.samples} resamples")
 
 
 def _evaluate(options: argparse.Namespace, retrieval: bool) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, MBartTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from sltscale.errors import InputError
 from sltscale.structures import TextBatch
@@ -193,6 +196,8 @@ def load_tokenizer(folder_or_name: Path | str, max_tokens: int = 128) -> TextTok
     """
     try:
         backend = AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
+        if isinstance(backend, MBartTokenizer):
+            backend = _as_published(backend, str(folder_or_name))
     except Exception as error:  # tokenizers raises bare ones for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -200,6 +205,44 @@ def load_tokenizer(folder_or_name: Path | str, max_tokens: int = 128) -> TextTok
             "or a name on the Hugging Face hub (offline: one that was downloaded before)"
         ) from None
     return TextTokenizer(backend, max_tokens)
+
+
+def published_file(folder_or_name: Path | str, name: str) -> Path | None:
+    """A file of a local folder, or of the hub's or its local cache; None if there is none."""
+    found = cached_file(
+        str(folder_or_name),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _as_published(backend: MBartTokenizer, name: str) -> PreTrainedTokenizerFast:
+    """transformers' MBartTokenizer (5.23) takes the pieces from the files and nothing else, so that text is not
+    normalised as in the model's training, and full-width forms, for one, become <unk>. Here the files decide."""
+    file = published_file(name, "tokenizer.json")
+    model = published_file(name, "sentencepiece.bpe.model")
+    if file is not None:
+        tokenizer = Tokenizer.from_file(str(file))
+    else:
+        tokenizer = Tokenizer.from_str(backend.backend_tokenizer.to_str())
+        if model is not None:
+            rules = read_sentencepiece(model).normalizer_spec.precompiled_charsmap
+            tokenizer.normalizer = normalizers.Precompiled(rules) if rules else None
+    vocabulary = tokenizer.get_vocab()
+    codes = [code for code in MBART_CODES.values() if code in vocabulary]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=codes, **FIRST, **LAST)
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """A sentencepiece model as its message (ModelProto); InputError if the file is none."""
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf has its own
+        raise InputError(f"{path}: no sentencepiece model ({error}); fetch the tokenizer again") from None
+    return model
 
 
 def _primary(language: str) -> str:

@@ -55,6 +55,19 @@ def heal_stale_compile_locks(cache: Path | None = None) -> list[str]:
         return [line for lock in _locks(folder) if (line := _heal(lock, first_look.get(lock)))]
 
 
+def locks_left_behind(cache: Path | None = None) -> list[Path]:
+    """Compile locks whose owner is gone, looked at twice; nothing is removed. cache: as above."""
+    folder = cache if cache is not None else _default_cache()
+    first_look = {lock: _identity(lock) for lock in _locks(folder) if _reason_to_keep(lock) is None}
+    if first_look:
+        time.sleep(SECOND_LOOK_SECONDS)
+    return [
+        lock
+        for lock, before in first_look.items()
+        if before is not None and _identity(lock) == before and _reason_to_keep(lock) is None
+    ]
+
+
 def compile_locks() -> list[Path]:
     """The compile locks in torch's extension cache, whether in use or left behind."""
     return _locks(_default_cache())

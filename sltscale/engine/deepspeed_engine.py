@@ -20,10 +20,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.groups import _clone_world_group as clone_world_group
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 
+from sltscale import launching
 from sltscale.config import OptimSettings
+from sltscale.engine import rendezvous
 from sltscale.engine.optim import build_optimizer
+from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.errors import InputError
 from sltscale.recipe_files import nearest
 
@@ -35,7 +40,9 @@ OWNED_BY_RECIPE = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
 }
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+# Of a collective: the watchdog is to speak first, and what it does not watch, such as scoring, needs a limit too.
+COLLECTIVE_SECONDS = 1800.0
+AFTER_THE_WATCHDOG = 300.0
 
 
 ENGINE_KEYS = (
@@ -96,38 +103,42 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
             )
 
 
-def start_processes() -> torch.device:
-    """Join the process group of the launcher, or form one of a single process; returns this rank's device."""
+def start_processes(rendezvous_seconds: float = LIMIT_SECONDS, watchdog_seconds: float = 0.0) -> torch.device:
+    """Join the process group of the launcher, or form one of a single process; returns this rank's device.
+
+    Collectives time out later than a watchdog of ``watchdog_seconds`` speaks.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    place = launching.here()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Gloo does the same work; the op would need a compiler and half a minute at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        cpus = len(os.sched_getaffinity(0)) // place.local_world_size
+        torch.set_num_threads(max(1, min(cpus, place.cpus or cpus)))
     else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        if place.local_rank >= accelerator.device_count():
+            raise InputError(
+                f"rank {place.rank} is the {place.local_rank + 1}th of its node, but sees {accelerator.device_count()} "
+                "GPUs; start as many processes as GPUs on each node, and let each see all of them"
+            )
+        accelerator.set_device(place.local_rank)
+    store = rendezvous.meet(place, rendezvous_seconds)
+    limit = datetime.timedelta(seconds=max(COLLECTIVE_SECONDS, watchdog_seconds + AFTER_THE_WATCHDOG))
     try:
-        _join(accelerator)
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=limit,
+            verbose=False,
+        )
     except dist.DistNetworkError as error:
-        raise InputError(
-            f"no process group at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{str(error).splitlines()[0]}; if another job uses the port, give deepspeed --master_port N"
-        ) from None
+        raise InputError(f"no process group at {place.address}:{place.port}: {str(error).splitlines()[0]}") from None
+    del store
+    # The engine's collectives run in a clone of the group, to which DeepSpeed gives torch's limits (NCCL: 10 minutes).
+    set_group_timeout(limit, clone_world_group())
     return torch.device(accelerator.current_device_name())
-
-
-def _join(accelerator: Any) -> None:
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=PROCESS_GROUP_TIMEOUT,
-        verbose=False,
-    )
 
 
 def leave(code: int) -> NoReturn:

@@ -8,28 +8,36 @@ RUN/
   lock               who is writing              stacks/          where each rank was when a step took too long
 
 The lock is held by rank 0 of the running attempt and names it. A rank that outlives its attempt - its launcher killed,
-its node cut off - finds another name there and ends (fencing).
+its node cut off - finds another name there and ends (fencing). Where that rank is the one that holds the lock, another
+job cannot know; the next start of the same SLURM job does, for SLURM has given up the earlier one, and takes over.
 """
 
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from sltscale import config
-from sltscale.engine.manifest import versions
+from sltscale.engine.manifest import folders, versions
 from sltscale.errors import InputError
 from sltscale.files import write_atomically
 from sltscale.recipe_files import differences, recipe_from_json
+
+OWNER_SECONDS = 10.0  # how often an idle rank asks whether the run folder is still its attempt's
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class FencedError(Exception):
@@ -56,7 +64,8 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def check(self, recipe: config.Recipe) -> None:
-        """InputError if the folder is in use or holds a run of another configuration; nothing is written."""
+        """InputError if the folder is in use, cannot be locked, or holds a run of another configuration; nothing is
+        written."""
         self._check_lock()
         stored = self.stored_recipe()
         if stored is None:
@@ -126,29 +135,81 @@ class RunFolder:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_atomically(self.path / "bad_clips.jsonl", "".join(lines))
 
+    def attempts(self) -> list[dict[str, Any]]:
+        """What environment.json says of every start of this run, the oldest first; empty if there was none."""
+        path = self.path / "environment.json"
+        return json.loads(path.read_text()) if path.is_file() else []
+
+    def holder(self) -> str | None:
+        """Who writes to the folder now, by its lock; None if nobody does."""
+        with suppress(FileNotFoundError, NotADirectoryError), (self.path / "lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().strip() or "another process"
+        return None
+
+    def newest_step(self) -> int:
+        """Steps that the newest checkpoint holds, whole or not; 0 without one."""
+        return max((int(folder.name.removeprefix("step-")) for folder in folders(self.checkpoints)), default=0)
+
     def _check_lock(self) -> None:
         """A look from any rank before work starts; shared, so that ranks do not take each other for owners."""
-        with suppress(FileNotFoundError, NotADirectoryError), (self.path / "lock").open() as lock:
-            self._flock(lock, fcntl.LOCK_SH)
+        try:
+            with (self.path / "lock").open() as lock:
+                self._flock(lock, fcntl.LOCK_SH)
+        except (FileNotFoundError, NotADirectoryError):
+            place = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+            with suppress(OSError), tempfile.TemporaryFile(dir=place) as probe:  # what cannot be written is told later
+                self._flock(probe, fcntl.LOCK_SH)
 
     def _take_lock(self, attempt: str) -> None:
-        lock = (self.path / "lock").open("a+")
-        self._flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{job} since {_now()}, attempt {attempt}\n")
-        lock.flush()
+        path = self.path / "lock"
+        lock = path.open("a+")
+        if not self._flock(lock, fcntl.LOCK_EX):
+            lock.close()
+            fresh = path.with_name(f"lock.{attempt}")
+            lock = fresh.open("a+")
+            self._flock(lock, fcntl.LOCK_EX)
+            self._sign(lock, attempt)
+            fresh.replace(path)
+            # Until its ranks have found the new name there, and end; what they write before that is then complete.
+            time.sleep(1.5 * OWNER_SECONDS)
+        elif os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+            raise InputError(f"run folder {self.path} has just been taken over by another process; start again")
+        else:
+            self._sign(lock, attempt)
         self._lock = lock
 
-    def _flock(self, lock: IO[str], kind: int) -> None:
+    def _sign(self, lock: IO[str], attempt: str) -> None:
+        lock.truncate(0)
+        start = _slurm_start()
+        job = f", job {start[0]} start {start[1]}" if start else ""
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{job} since {_now()}, attempt {attempt}\n")
+        lock.flush()
+
+    def _flock(self, lock: IO[Any], kind: int) -> bool:
+        """Whether the lock could be had; False if an earlier start of this very job holds it."""
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             lock.seek(0)
+            holder = lock.read().strip()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             raise InputError(
-                f"run folder {self.path} is in use by {lock.read().strip() or 'another process'}; "
-                "wait for it or choose another folder with --run"
+                f"run folder {self.path} is on a file system that cannot lock ({error.strerror}), so that two jobs "
+                "could write to it; mount it with locks (Lustre: -o flock), or choose another with --run"
             ) from None
+        theirs, ours = re.search(r", job (\d+) start (\d+) ", holder), _slurm_start()
+        if theirs is not None and ours is not None and int(theirs[1]) == ours[0] and int(theirs[2]) < ours[1]:
+            return False
+        raise InputError(
+            f"run folder {self.path} is in use by {holder or 'another process'}; "
+            "wait for it or choose another folder with --run"
+        )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -156,9 +217,10 @@ class RunFolder:
             self._lock = None
 
     def _record_attempt(self, world_size: int) -> None:
-        path = self.path / "environment.json"
-        attempts = json.loads(path.read_text()) if path.is_file() else []
-        attempts.append(
+        start = _slurm_start()
+        job = {"job": start[0], "job_start": start[1]} if start else {}
+        attempts = [
+            *self.attempts(),
             {
                 "started": _now(),
                 "command": sys.argv,
@@ -166,9 +228,11 @@ class RunFolder:
                 "host": socket.gethostname(),
                 "git": _git_commit(),
                 "packages": versions(),
-            }
-        )
-        write_atomically(path, json.dumps(attempts, indent=2) + "\n")
+                "step": self.newest_step(),
+                **job,
+            },
+        ]
+        write_atomically(self.path / "environment.json", json.dumps(attempts, indent=2) + "\n")
 
     def keep_steps_until(self, step: int) -> None:
         """Forget the records of steps that a resumed run is about to repeat."""
@@ -193,6 +257,12 @@ def _step_of(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None  # the last line of a killed attempt may be cut off
+
+
+def _slurm_start() -> tuple[int, int] | None:
+    """The SLURM job that this process belongs to, and which of its starts this is, counted from 1."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return (int(job), int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1) if job else None
 
 
 def _now() -> str:

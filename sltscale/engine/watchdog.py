@@ -19,10 +19,9 @@ from typing import NoReturn
 
 from sltscale import parallel
 from sltscale.engine.compile_lock import compile_locks
-from sltscale.engine.run_folder import FencedError, RunFolder
+from sltscale.engine.run_folder import OWNER_SECONDS, FencedError, RunFolder
 
 LOOK_SECONDS = 1.0
-OWNER_SECONDS = 10.0  # how often an idle rank asks whether the run folder is still its attempt's
 # Other ranks have come to the same point a little later; the launcher ends them as soon as one has gone.
 GRACE_SECONDS = 5.0
 # A thread that never lets go of the interpreter also stops ours; then the C library's timer writes to stderr.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from sltscale.config import Recipe
 from sltscale.data.batches.augment import frames_after_sampling
 from sltscale.data.batches.dealing import evaluation_shares
 from sltscale.data.batches.selection import Selection
-from sltscale.data.batches.stream import evaluation_batches, load_video
+from sltscale.data.batches.stream import evaluation_batches
 from sltscale.data.text import TextTokenizer
 from sltscale.errors import InputError
 from sltscale.evaluation import report, retrieval, translation
 from sltscale.methods.base import RetrievalMethod
 from sltscale.models.translator import Translator
-from sltscale.structures import Ragged, VideoBatch
+from sltscale.structures import VideoBatch
 
 Scores = dict[str, Any]
 
@@ -69,12 +68,26 @@ def translate_split(
     hypotheses = [hypotheses_of[number] for number in numbers]
     references = clips.texts()
     language = clips.language(0)
-    scores: Scores = translation.score(hypotheses, references, language=language, convention=settings.convention)
+    scores: Scores
+    scores, otherwise = (
+        translation.score(
+            hypotheses, references, language=language, convention=settings.convention, append_period=append_period
+        )
+        for append_period in (settings.append_period, not settings.append_period)
+    )
+    name = "bleu4_without_period" if settings.append_period else "bleu4_with_period"
+    scores[name] = otherwise["bleu4"]
     if len(clips) > 1:
         scores["bleu4_shuffled"] = translation.score_shuffled(
-            hypotheses, references, language=language, convention=settings.convention, seed=recipe.seed
+            hypotheses,
+            references,
+            language=language,
+            convention=settings.convention,
+            append_period=settings.append_period,
+            seed=recipe.seed,
         )
     scores |= _provenance(clips) | {
+        "language": language,
         "beams": settings.beams,
         "length_penalty": settings.length_penalty,
         "max_new_tokens": settings.max_new_tokens,
@@ -113,27 +126,6 @@ def retrieve_split(
         return scores
 
     return parallel.on_rank_zero(rank_all)
-
-
-def translate_files(
-    method: Translator,
-    tokenizer: TextTokenizer,
-    recipe: Recipe,
-    paths: Sequence[Path],
-    language: str,
-    device: torch.device,
-) -> Iterator[tuple[Path, str | InputError]]:
-    """(path, sentence) for each video file, in order, each as it is done; the fault in place of the sentence for a file
-    that cannot be read, and the others go on."""
-    tokenizer.language_id(language)  # an unknown one is refused for all
-    for path in paths:
-        try:
-            frames = load_video(path, recipe.data)
-        except InputError as error:
-            yield path, error
-            continue
-        batch = VideoBatch([path.name], Ragged.from_list([frames]), [""], [language])
-        yield path, _translate(method, tokenizer, recipe, batch, device)[0]
 
 
 @torch.inference_mode()

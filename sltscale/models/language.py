@@ -6,6 +6,7 @@ Letters: B sequences, T longest, L text tokens, D width, V vocabulary. Masks are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +219,6 @@ def _decoding_by_the_recipe(
     return model
 
 
-@torch.no_grad()
 def beam_search(
     model: MBartForConditionalGeneration,
     inputs: Tensor,
@@ -234,9 +234,55 @@ def beam_search(
     The decoder starts from the row's language id (``language_ids`` [B]). Returns token ids without language code, </s>
     and padding; at most ``max_new_tokens``.
     """
-    if max_new_tokens >= model.config.max_position_embeddings:
+    options = {"num_beams": beams, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
+    return [ids for (ids,) in _search(model, inputs, mask, language_ids, **options)[0]]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Token ids without special ones; the sum of their log probabilities, </s> among them, divided by their number to
+    the power of the length penalty."""
+
+    ids: list[int]
+    score: float
+
+
+def n_best(
+    model: MBartForConditionalGeneration,
+    inputs: Tensor,
+    mask: Tensor,
+    language_ids: Tensor,
+    *,
+    beams: int,
+    length_penalty: float,
+    max_new_tokens: int,
+    n: int,
+) -> list[list[Hypothesis]]:
+    """The n best sentences of each row, best first; arguments as in ``beam_search``. Keeps every step's logits.
+
+    InputError if there are not so many beams.
+    """
+    if n > beams:
+        raise InputError(f"{n} sentences are wanted of {beams} beams; ask for fewer, or search with more beams")
+    options = {"num_beams": beams, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
+    found, generated = _search(model, inputs, mask, language_ids, num_return_sequences=n, output_scores=True, **options)
+    if beams > 1:
+        scores = generated.sequences_scores.view(-1, n).tolist()
+    else:
+        steps = model.compute_transition_scores(generated.sequences, generated.scores, normalize_logits=True)
+        lengths = [min(len(ids) + 1, steps.shape[1]) for (ids,) in found]
+        scores = [[float(row[:k].sum()) / k**length_penalty] for row, k in zip(steps, lengths, strict=True)]
+    return [[Hypothesis(*pair) for pair in zip(*row, strict=True)] for row in zip(found, scores, strict=True)]
+
+
+@torch.no_grad()
+def _search(
+    model: MBartForConditionalGeneration, inputs: Tensor, mask: Tensor, language_ids: Tensor, **options: Any
+) -> tuple[list[list[list[int]]], Any]:
+    """(ids of the sentences of each row, best first; what transformers' generate returned)."""
+    if options["max_new_tokens"] >= model.config.max_position_embeddings:
         raise InputError(
-            f"evaluation.max_new_tokens {max_new_tokens} does not fit the decoder's "
+            f"evaluation.max_new_tokens {options['max_new_tokens']} does not fit the decoder's "
             f"{model.config.max_position_embeddings} positions"
         )
     hidden = model.get_encoder()(inputs_embeds=inputs, attention_mask=mask).last_hidden_state
@@ -245,16 +291,17 @@ def beam_search(
         encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
         attention_mask=mask.long(),
         generation_config=GenerationConfig(
-            num_beams=beams,
-            length_penalty=length_penalty,
-            max_new_tokens=max_new_tokens,
             do_sample=False,
             decoder_start_token_id=language_ids.tolist(),
             eos_token_id=eos,
             pad_token_id=pad,
+            return_dict_in_generate=True,
+            **options,
         ),
     )
-    return [_until(row[1:], eos, pad) for row in generated.tolist()]
+    found = [_until(row[1:], eos, pad) for row in generated.sequences.tolist()]
+    n = len(found) // len(inputs)
+    return [found[row : row + n] for row in range(0, len(found), n)], generated
 
 
 def _until(ids: list[int], *ends: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sltscale.models.language import beam_search
+from sltscale.models.language import Hypothesis, beam_search, n_best
 from sltscale.structures import Ragged
 
 
@@ -48,6 +48,22 @@ class Translator(nn.Module):
             beams=beams,
             length_penalty=length_penalty,
             max_new_tokens=max_new_tokens,
+        )
+
+    def n_best(
+        self, frames: Ragged, language_ids: Tensor, *, beams: int, length_penalty: float, max_new_tokens: int, n: int
+    ) -> list[list[Hypothesis]]:
+        """As ``generate``, the n best sentences of each video with their scores, best first."""
+        values, mask = self._inputs(frames)
+        return n_best(
+            self.language_model,
+            values,
+            mask,
+            language_ids,
+            beams=beams,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
+            n=n,
         )
 
     def _inputs(self, frames: Ragged) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A small synthetic corpus, packed with the real tools, and tiny recipes on it."""
+"""One corpus for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from tiny_recipes import Corpus, write_recipes
+from tiny_recipes import Corpus, make_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus(
     tmp_path_factory: pytest.TempPathFactory, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> Corpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    drawn = command("tools/make_synthetic.py", "--out", folder / "source", "--clips", "60", "--seed", "2")
-    assert drawn.returncode == 0, drawn.stderr
-    packed = command(
-        *("tools/make_shards.py", "--corpus", "openasl", "--annotations", folder / "source/annotations.tsv"),
-        *("--videos", folder / "source/videos", "--out", folder / "shards", "--frame-size", "32", "--language", "de"),
-    )
-    assert packed.returncode == 0, packed.stderr
-    return write_recipes(folder, folder / "shards")
+    return make_corpus(tmp_path_factory.mktemp("corpus"), command)

@@ -1,6 +1,7 @@
 """Bad input to training: one clear line, exit code 2, before time is spent, nothing lost."""
 
 import fcntl
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -48,6 +49,23 @@ def test_deepspeed_json_that_sets_what_the_recipe_owns(command: Command, corpus,
         path.write_text(content)
         assert expected in refusal(train(command, "--recipe", corpus.pretrain, deepspeed=path))
     assert "does not exist" in refusal(train(command, deepspeed=tmp_path / "none.json"))
+
+
+def test_an_attention_backend_that_is_not_installed_or_not_for_this_device(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--recipe", "hfa_pretrain_tiny", "--data.shards", tmp_path / "none", "--run", run)
+    for name, expected in (
+        ("flash_attn", "is not installed: pip install 'sltscale[cuda]', or take one of "),
+        ("torch_varlen", "needs a CUDA device, found cpu"),
+        ("flash", "is unknown; expected one of flash_attn, "),
+    ):
+        if name == "flash_attn" and importlib.util.find_spec(name):
+            continue
+        line = refusal(train(command, *options, "--method.visual.temporal.attention", name))
+        assert "method.visual.temporal.attention: attention backend" in line
+        assert expected in line
+    assert not run.exists()
+    assert not (tmp_path / "none").exists()
 
 
 def test_run_folder_of_another_configuration(command: Command, corpus, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import ROOT, Launcher, kill_group
 
@@ -100,6 +102,29 @@ def rank_process(launcher_process: subprocess.Popen[str], rank: int) -> int:
         if f"--local_rank={rank}".encode() in command and b"spawn_main" not in b"".join(command):
             return int(folder.name)
     raise AssertionError(f"rank {rank} not found")
+
+
+def test_a_signal_to_one_rank_under_torchrun(corpus, environment: dict[str, str], tmp_path: Path) -> None:
+    """torchrun's own exit code is 1 whatever the ranks' were, which it names."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--", str(TRAIN), *arguments(corpus, run)]  # or it takes --run for the start of an option of its own
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for(lambda: (run / "steps.jsonl").is_file() and len(losses_so_far(run)) > 5, process)
+        ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+        ranks[0].send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            child.kill()
+        process.kill()
+    assert "exitcode  : 75" in output, output[-3000:]
+    stopped = json.loads((run / "STATUS.json").read_text())
+    assert stopped["state"] == "stopped"
+    assert (run / f"checkpoints/step-{stopped['step']:08d}/MANIFEST.json").is_file()
 
 
 def test_ctrl_c_to_the_whole_group_leaves_a_loadable_checkpoint(corpus, launcher: Launcher, tmp_path: Path) -> None:

@@ -137,6 +137,47 @@ def test_translate_files(run: Path, corpus, command: Command) -> None:
     assert refused.stdout == done.stdout.splitlines(keepends=True)[0]
 
 
+RETRIEVAL = """
+base = "tiny.toml"
+name = "tiny_retrieval"
+[start]
+recipe = "{pretrain}"
+[data]
+augment = "off"
+[method]
+name = "retrieval"
+[method.encoder]
+layers = 1
+width = 24
+heads = 2
+feed_forward = 32
+max_positions = 128
+[[optim.groups]]
+part = "visual"
+frozen = true
+"""
+
+
+def test_retrieval_on_frozen_visual_tokens(run: Path, corpus, launcher: Launcher) -> None:
+    """Under ZeRO-3. tiny_pretrain, beside ``run``, is finished and not repeated."""
+    recipe = corpus.pretrain.with_name("retrieval.toml")
+    recipe.write_text(RETRIEVAL.format(pretrain=corpus.pretrain))
+    folder = run.parent / "tiny_retrieval"
+    arguments = ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", str(recipe), "--run", str(folder)]
+    launcher.check(TRAIN, arguments, ranks=2)
+    metrics = json.loads((folder / "evaluation/test/metrics.json").read_text())
+    assert 0 <= metrics["t2v_recall@1"] <= metrics["t2v_recall@5"] <= 100
+    with (
+        safe_open(run.parent / "tiny_pretrain/export/model.safetensors", framework="pt") as before,
+        safe_open(folder / "export/model.safetensors", framework="pt") as after,
+    ):
+        visual = [name for name in before.keys() if name.startswith("visual.")]  # noqa: SIM118
+        assert any("running_mean" in name for name in visual)
+        assert all(before.get_tensor(name).equal(after.get_tensor(name)) for name in visual)
+        trained = {name.split(".")[0] for name in after.keys()} - {"visual"}  # noqa: SIM118
+    assert trained == {"projection", "video_encoder", "text_encoder", "logit_scale"}
+
+
 def test_commands_refuse_the_other_kind_of_run(run: Path, corpus, command: Command, tmp_path: Path) -> None:
     places = ("--shards", corpus.shards, "--out", tmp_path)
     for verb, folder in (("evaluate", run.parent / "tiny_pretrain"), ("retrieve", run)):

@@ -56,3 +56,28 @@ def test_a_start_that_waits_for_a_compile_lock(environment: dict[str, str], tmp_
     assert done.returncode == 1
     assert "file_baton.py" in done.stderr
     assert f"the start-up has taken longer than 1 s (train.watchdog_seconds); compile locks: {lock}" in done.stderr
+
+
+LIMITS = """
+import torch
+import torch.distributed as dist
+from sltscale.config import OptimSettings
+from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
+start_processes(watchdog_seconds=7000)
+for stage in range(4):
+    settings = {"zero_optimization": {"stage": stage}}
+    build_engine(torch.nn.Linear(2, 2), OptimSettings(name="adamw", lr=0.1), settings)
+for group in dist.distributed_c10d._world.pg_map:
+    print("limit", group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+leave(0)
+"""
+
+
+def test_collectives_wait_longer_than_the_watchdog(environment: dict[str, str]) -> None:
+    """Or the rank that waits would end before it has said where."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITS], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    limits = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("limit")]
+    assert len(limits) >= 2  # the world, and the engine's clone of it
+    assert min(limits) > 7000

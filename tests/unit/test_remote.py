@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -141,6 +142,39 @@ def test_a_folder(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, range(2000))) == [f"{number % 84:06d}".encode() for number in range(2000)]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_system_that_fails_for_a_while(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Like NFS while its server starts again: a file that was open has to be opened anew."""
+    path, failing, pread = tmp_path / "a.tar", 2, os.pread
+    path.write_bytes(b"0123456789")
+    source = LocalShards(tmp_path)
+    assert source.read("a.tar", 0, 2) == b"01"
+    path.rename(tmp_path / "old.tar")
+    path.write_bytes(b"abcdefghij")
+
+    def fail(*arguments: int) -> bytes:
+        nonlocal failing
+        failing -= 1
+        if failing >= 0:
+            raise OSError(number, os.strerror(number))
+        return pread(*arguments)
+
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(os, "pread", fail)
+    assert source.read("a.tar", 4, 3) == b"efg"
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: ") and first.endswith(f"{path}: {os.strerror(number)}; try 1 of 5")
+    assert second.endswith("try 2 of 5")
+    failing = 5
+    with pytest.raises(InputError, match=r"a\.tar: .*, 5 times; see sltscale shards verify"):
+        source.read("a.tar", 4, 3)
+    number, failing = errno.EACCES, 1
+    with pytest.raises(InputError, match=r"a\.tar: Permission denied; see"):
+        source.read("a.tar", 4, 3)
 
 
 def test_clips_are_fetched_once(server: Server, cache: Path) -> None:

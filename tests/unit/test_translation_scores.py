@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sltscale.errors import InputError
-from sltscale.evaluation.translation import derangement, one_line, rouge_l, score, score_shuffled
+from sltscale.evaluation.translation import compare, derangement, one_line, rouge_l, rouge_l_slrt, score, score_shuffled
 
 GERMAN = (
     ["am tag wechselt sonne mit wolken", "im norden regen", "", "Und nun: die Wettervorhersage."],
@@ -82,6 +82,85 @@ def test_rouge_l_by_hand() -> None:
     assert three == pytest.approx(100 * (expected + 1) / 3, abs=1e-9)
     # order counts: words in reverse share a subsequence of one
     assert rouge_l(["c b a"], ["a b c"]) == pytest.approx(100 / 3, abs=1e-9)
+
+
+def test_rouge_l_of_slrt_by_hand() -> None:
+    # P 4/5, R 4/6, beta = P / R = 6/5: by chance the field's. With 1 of 4 words against 1 of 2: P 1/4, R 1/2, beta 1/2
+    sentences = ["the cat sat on mat"], ["the cat is on the mat"]
+    assert rouge_l_slrt(*sentences) == pytest.approx(rouge_l(*sentences), abs=1e-9)
+    expected = (1 + 0.25) * 0.25 * 0.5 / (0.5 + 0.25 * 0.25)
+    assert rouge_l_slrt(["a x y z"], ["a b"]) == pytest.approx(100 * expected, abs=1e-9)
+    assert rouge_l(["a x y z"], ["a b"]) == pytest.approx(100 * 2.44 * 0.125 / (0.5 + 1.44 * 0.25), abs=1e-9)
+    # the mean: that one, an empty hypothesis, one without a common word
+    assert rouge_l_slrt(["a x y z", "", "q"], ["a b", "c", "r"]) == pytest.approx(100 * expected / 3, abs=1e-9)
+
+
+# Each line worked out by hand: n-gram matches / n-grams of the hypotheses for orders 1 to 4, tokens of hypotheses and
+# references, then ROUGE-L as (common, hypothesis, reference) tokens of every sentence. Convention slt, no smoothing.
+TABLES = {
+    "German": (
+        "de",
+        ["am abend regnet es im süden", "der wind weht schwach"],
+        ["am abend regnet es im norden", "der wind weht schwach bis mäßig"],
+        [(9, 10), (7, 8), (5, 6), (3, 4)],
+        (10, 12),
+        [(5, 6, 6), (4, 4, 6)],
+    ),
+    "German with an empty hypothesis": (
+        "de",
+        ["", "morgen scheint die sonne"],
+        ["regen", "morgen scheint die sonne"],
+        [(4, 4), (3, 3), (2, 2), (1, 1)],
+        (4, 5),
+        [(0, 0, 1), (4, 4, 4)],
+    ),
+    "Chinese": (
+        "zh",
+        ["今天天气很好", "明天下雨"],
+        ["今天天气真好", "明天 有雨"],
+        # 今天天气 好 and 明天 雨; 今天 天天 天气 and 明天; 今天天 天天气; 今天天气
+        [(8, 10), (4, 8), (2, 6), (1, 4)],
+        (10, 10),
+        [(5, 6, 6), (3, 4, 4)],
+    ),
+    "English": (
+        "en",
+        ["i would like to go home", "go go go"],
+        ["i would like to stay home", "go home now please"],
+        # "go" of the second counts once; the only bigram of it that could match is "go home", which it has not
+        [(6, 9), (3, 7), (2, 5), (1, 3)],
+        (9, 10),
+        [(5, 6, 6), (1, 3, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_by_hand(name: str) -> None:
+    language, hypotheses, references, matches, (ours, theirs), common = TABLES[name]
+    found = score(hypotheses, references, language=language)
+    brevity = min(1.0, math.exp(1 - theirs / ours))
+    for order in (1, 2, 3, 4):
+        precisions = [hits / total for hits, total in matches[:order]]
+        assert found[f"bleu{order}"] == pytest.approx(100 * brevity * math.prod(precisions) ** (1 / order), abs=1e-9)
+    f_scores = []
+    for lcs, hypothesis, reference in common:
+        precision, recall = (lcs / hypothesis, lcs / reference) if lcs else (0, 1)
+        f_scores.append(2.44 * precision * recall / (recall + 1.44 * precision))
+    assert found["rouge_l"] == pytest.approx(100 * sum(f_scores) / len(f_scores), abs=1e-9)
+    assert found["empty_hypotheses"] == hypotheses.count("")
+
+
+def test_an_appended_period_counts_as_a_word() -> None:
+    # a x . against a b . : 2/3 instead of 1/2; an empty hypothesis is the full stop alone, and still counted as empty
+    assert score(["a x"], ["a b"], language="en")["bleu1"] == pytest.approx(50)
+    found = score(["a x"], ["a b"], language="en", append_period=True)
+    assert found["bleu1"] == pytest.approx(100 * 2 / 3)
+    assert found["signature"]["convention"] == "slt|level:word|period:appended"
+    empty = score([""], ["a b"], language="en", append_period=True)
+    assert (empty["length_ratio"], empty["empty_hypotheses"]) == (pytest.approx(1 / 3), 1)
+    # 我 他 . against 我 你 .
+    assert score(["我他"], ["我你"], language="zh", append_period=True)["bleu1"] == pytest.approx(100 * 2 / 3)
 
 
 def test_chinese_is_scored_by_characters() -> None:
@@ -181,3 +260,34 @@ def test_shuffled_score_is_low_for_a_reader_and_unchanged_for_a_parrot() -> None
     parrot = [sentences[0]] * 20
     true = score(parrot, sentences, language="en")["bleu4"]
     assert score_shuffled(parrot, sentences, language="en", seed=1) == pytest.approx(true)
+
+
+def test_the_same_system_twice_does_not_differ() -> None:
+    references = [f"am {day}. scheint die sonne im {place}" for day in range(12) for place in ("süden", "norden")]
+    ours = [text.replace("sonne", "wolke") if i % 3 else text for i, text in enumerate(references)]
+    for name, found in compare(ours, ours, references, language="de", samples=200).items():
+        assert found.p == 1, name
+        assert found.first == found.second == pytest.approx(score(ours, references, language="de")[name], abs=1e-4)
+        assert 0 < found.first_interval < 30
+
+
+def test_a_better_system_is_told_from_a_worse() -> None:
+    references = [f"am {day}. scheint die sonne im {place}" for day in range(25) for place in ("süden", "norden")]
+    worse = [" ".join(text.split()[:3]) + " oft" if i % 2 else text for i, text in enumerate(references)]
+    better = [text if i % 25 else "regen" for i, text in enumerate(references)]
+    one_word = ["am 0. scheint die sonne nicht", *references[1:]]
+    for name, found in compare(worse, better, references, language="de", convention="13a", samples=300).items():
+        assert found.second > found.first
+        assert found.p < 0.01, name
+    for name, found in compare(references, one_word, references, language="de", samples=300).items():
+        assert found.first == pytest.approx(100)
+        assert found.p > 0.2, name
+
+
+def test_intervals_shrink_with_the_corpus() -> None:
+    references = [f"am {day}. scheint die sonne" for day in range(16)]
+    ours = [text if i % 2 else "am montag regnet es" for i, text in enumerate(references)]
+    small = compare(ours, ours, references, language="de", samples=400)
+    large = compare(ours * 9, ours * 9, references * 9, language="de", samples=400)
+    for name in small:
+        assert large[name].first_interval == pytest.approx(small[name].first_interval / 3, rel=0.3)

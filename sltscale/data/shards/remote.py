@@ -1,18 +1,21 @@
 """Where shards lie: in a folder, or behind an https or s3 URL, with a cache of what was read on this machine.
 
-``shard_source`` gives both the same methods. Behind a URL the unit is a range of bytes, one clip: it is fetched by
-fsspec, tried again when that fails for a reason that may pass, and kept in a folder that all processes of the machine
-share, up to a limit. So a machine downloads what its own ranks read, once. Cache files are named by digests and renamed
-into place when they are whole, so nobody ever sees half of one.
+``shard_source`` gives both the same methods. What fails for a reason that may pass is tried again, with a warning on
+stderr. Behind a URL the unit is a range of bytes, one clip: it is fetched by fsspec and kept in a folder that all
+processes of the machine share, up to a limit. So a machine downloads what its own ranks read, once. Cache files are
+named by digests and renamed into place when they are whole, so nobody ever sees half of one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
 import secrets
+import socket
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -33,6 +36,8 @@ OPEN_SHARDS = 64
 THREADS = 8
 TRIES = 5
 FIRST_PAUSE = 0.5  # seconds between tries; doubled each time
+# What a network file system gives while its server starts again, fails over or is out of reach.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN}
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 30.0, 300.0
 PART = 8 << 20  # bytes that a request asks for at most, when a whole file is read
 
@@ -69,11 +74,19 @@ class LocalShards:
         return str(self.folder / name)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Fewer bytes if the file ends before; InputError if it cannot be read."""
-        try:
-            return self._descriptor(name).read(offset, size)
-        except OSError as error:
-            raise InputError(f"shard {self.folder / name}: {error.strerror}; see sltscale shards verify") from None
+        """Fewer bytes if the file ends before; InputError if it cannot be read, in TRIES tries where that may pass."""
+        for number in range(1, TRIES + 1):
+            try:
+                return self._descriptor(name).read(offset, size)
+            except OSError as error:
+                if error.errno not in PASSING or number == TRIES:
+                    times = f", {number} times" if number > 1 else ""
+                    complaint = f"{error.strerror}{times}; see sltscale shards verify"
+                    raise InputError(f"shard {self.folder / name}: {complaint}") from None
+                _wait_to_try_again(str(self.folder / name), str(error.strerror), number)
+                with self._opening:
+                    self._open.pop(name, None)  # what is stale stays so
+        raise AssertionError
 
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """Have the system read ahead; returns at once. What cannot be read is left to ``read`` to report."""
@@ -240,9 +253,7 @@ class RemoteShards:
         reason = ""
         for number in range(TRIES):
             if number:
-                # The operating system's randomness: the generators' states belong to the training.
-                pause = FIRST_PAUSE * 2 ** (number - 1)
-                time.sleep(pause * (0.5 + secrets.randbelow(1000) / 2000))
+                _wait_to_try_again(address, reason, number)
             try:
                 return attempt(client.filesystem)
             except client.errors as raised:
@@ -301,6 +312,14 @@ def _connect(scheme: str) -> _Client:
     except ImportError as error:
         package = error.name or "s3fs"
         raise InputError(f'{scheme} shards need {package}; install it: pip install "sltscale[remote]"') from None
+
+
+def _wait_to_try_again(address: str, reason: str, number: int) -> None:
+    """After try ``number``, counted from 1."""
+    where = socket.gethostname()
+    print(f"warning: {where}: {address}: {reason}; try {number} of {TRIES}", file=sys.stderr, flush=True)
+    # The operating system's randomness: the generators' states belong to the training.
+    time.sleep(FIRST_PAUSE * 2 ** (number - 1) * (0.5 + secrets.randbelow(1000) / 2000))
 
 
 def _without_disguise(error: BaseException) -> BaseException:
