@@ -33,7 +33,8 @@ from sltscale.data.shards.index import splits
 from sltscale.data.synthetic.demo import ensure_synthetic_shards
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
 from sltscale.engine import checkpoint, fragments, loop
-from sltscale.engine.deepspeed_engine import build_engine, read_deepspeed_json, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
+from sltscale.engine.deepspeed_json import read_deepspeed_json
 from sltscale.engine.optim import parameter_groups
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest

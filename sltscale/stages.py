@@ -27,7 +27,8 @@ from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_token
 from sltscale.data.word_vectors import Vectors, corpus_vectors
 from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
-from sltscale.engine.deepspeed_engine import build_engine, read_deepspeed_json, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
+from sltscale.engine.deepspeed_json import read_deepspeed_json
 from sltscale.engine.finished import default_device
 from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.engine.run_folder import RunFolder

@@ -91,13 +91,14 @@ class VideoBatch:
 
     frames: Ragged uint8 [N, 3 H / 2, W], as clips are stored (YUV 4:2:0, ITU-R BT.601, limited range): H rows of Y,
     then U and V at half the height and width, one behind the other. They become RGB on the device, in the frame
-    encoder.
+    encoder. retries: reads that had to be tried again for it.
     """
 
     ids: list[str]
     frames: Ragged
     texts: list[str]
     languages: list[str]
+    retries: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

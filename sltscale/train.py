@@ -31,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         launching.here()
+        # What can be known of recipe and settings before the imports below, which take seconds.
+        from sltscale.engine.deepspeed_json import read_deepspeed_json
+        from sltscale.recipe_files import recipe_chain
+
+        read_deepspeed_json(options.deepspeed)
+        recipe_chain(options.recipe, overrides, options.run)
     except InputError as error:
         _report(str(error))
         return 2
@@ -107,6 +113,6 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 if __name__ == "__main__":
     exit_code = main()
-    from sltscale.engine.deepspeed_engine import leave
+    from sltscale.engine.signals import leave
 
     leave(exit_code)

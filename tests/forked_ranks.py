@@ -103,9 +103,9 @@ def _be_a_rank(run: Path, environment: dict[str, str], log: Path, options: dict[
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from sltscale.engine.checkpoint import NotSavedError
-    from sltscale.engine.deepspeed_engine import leave
     from sltscale.engine.finite import NonFiniteError
     from sltscale.engine.run_folder import FencedError
+    from sltscale.engine.signals import leave
     from sltscale.errors import InputError
 
     try:

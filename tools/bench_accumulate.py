@@ -16,8 +16,9 @@ from measuring import peak_mib, seconds
 from sltscale import config
 from sltscale.data.text import build_corpus_tokenizer
 from sltscale.engine.accumulate import accumulate
-from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.global_loss import global_loss
+from sltscale.engine.signals import leave
 from sltscale.methods import export
 from sltscale.recipe_files import load_recipe
 from sltscale.structures import Ragged, VideoBatch

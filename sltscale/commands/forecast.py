@@ -62,7 +62,7 @@ def forecast(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     engine = EngineSetting(stage=2)
     if options.deepspeed is not None:
-        from sltscale.engine.deepspeed_engine import read_deepspeed_json
+        from sltscale.engine.deepspeed_json import read_deepspeed_json
 
         engine = EngineSetting.of(read_deepspeed_json(options.deepspeed))
     recipe, notes = _own_sizes(recipe)

@@ -119,7 +119,7 @@ def process_group() -> Iterator[Finding]:
 def deepspeed() -> Iterator[Finding]:
     """Does it load? With this project's settings none of its C++ or CUDA ops is compiled (docs/engine.md)."""
     try:
-        from sltscale.engine.deepspeed_engine import read_deepspeed_json  # noqa: F401 - what training itself imports
+        from sltscale.engine.deepspeed_engine import build_engine  # noqa: F401 - what training itself imports
     except Exception as error:  # it looks for compilers and libraries while it is imported
         reason = next(iter(str(error).splitlines()), "")
         yield Finding(

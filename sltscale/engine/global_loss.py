@@ -15,11 +15,12 @@ from sltscale.structures import LossOutput, VideoBatch
 @dataclass(frozen=True)
 class Totals:
     """One step over all ranks: the total loss and its parts as means over the global batch, the metrics as means over
-    the ranks, frames, and whether any rank was asked to stop."""
+    the ranks, frames, reads that had to be tried again, and whether any rank was asked to stop."""
 
     losses: dict[str, float]
     metrics: dict[str, float]
     frames: int
+    retries: int
     stop: bool
 
 
@@ -38,6 +39,7 @@ def global_loss(
         *(outputs[name].count for name in names),
         *(outputs[name].metrics[key] for name, key in metrics),
         torch.tensor(batch.frames.values.shape[0]),
+        torch.tensor(batch.retries),
         torch.tensor(stop),
     ]
     device = outputs[names[0]].loss_sum.device
@@ -56,6 +58,7 @@ def global_loss(
             f"{name}/{key}": value / world_size
             for (name, key), value in zip(metrics, values[2 * len(names) :], strict=False)
         },
-        frames=round(values[-2]),
+        frames=round(values[-3]),
+        retries=round(values[-2]),
         stop=values[-1] > 0,
     )

@@ -42,7 +42,7 @@ class Telemetry:
     def step(self, step: int, totals: Totals, lr: float, *, clips: int, waited: float) -> None:
         """Note one optimizer step of ``clips`` clips; waited: the seconds spent on data."""
         numbers = totals.losses | totals.metrics
-        self.window.add(numbers, clips, totals.frames, waited)
+        self.window.add(numbers, clips, totals, waited)
         if self._steps is not None:
             record = {"step": step, **numbers, "lr": lr, "clips": clips, "frames": totals.frames}
             self._steps.write(json.dumps(record) + "\n")
@@ -64,7 +64,7 @@ class Telemetry:
             f"{self.name} step {step}/{self.total_steps} epoch {epoch + 1} | loss {means['loss']:.4f} ({parts}) | "
             f"{rates['clips_per_s']:.1f} clips/s {rates['frames_per_s']:.0f} frames/s | "
             f"data wait {100 * rates['data_wait']:.0f} % | memory {rates['memory_mib']:.0f} MiB | lr {lr:.2e} | "
-            f"{_clock(left)} left"
+            f"{_clock(left)} left" + (f" | {retries:.0f} reads tried again" if (retries := rates["retries"]) else "")
         )
         for name, value in {**means, **rates, "lr": lr}.items():
             self._board.add_scalar(f"train/{name}", value, step)
@@ -101,14 +101,15 @@ class _Window:
 
     def _open(self) -> None:
         self.started = time.perf_counter()
-        self.steps = self.clips = self.frames = 0
+        self.steps = self.clips = self.frames = self.retries = 0
         self.waited = 0.0
         self.losses: dict[str, float] = {}
 
-    def add(self, losses: dict[str, float], clips: int, frames: int, waited: float) -> None:
+    def add(self, losses: dict[str, float], clips: int, totals: Totals, waited: float) -> None:
         self.steps += 1
         self.clips += clips
-        self.frames += frames
+        self.frames += totals.frames
+        self.retries += totals.retries
         self.waited += waited
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
@@ -121,6 +122,7 @@ class _Window:
             "clips_per_s": self.clips / seconds,
             "frames_per_s": self.frames / seconds,
             "data_wait": self.waited / seconds,
+            "retries": self.retries,
             "seconds_per_step": seconds / steps,
             "memory_mib": _memory_mib(),
         }

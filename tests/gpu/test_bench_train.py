@@ -28,6 +28,7 @@ def test_our_step_and_the_baseline_s_are_the_same_work(command: Command, tmp_pat
     assert sum(ours["seconds"]) == pytest.approx(ours["ledger_seconds"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_step_in_bfloat16(command: Command, tmp_path: Path) -> None:
     arguments = ("--recipe", "gfslt_slt", "--lengths", "6,9", *SMALL, *TEXT_DECODER, *AS_THE_CODE, "--baseline")
     figures = bench(command, tmp_path, *arguments, "--precision", "bf16")
@@ -37,6 +38,7 @@ def test_a_step_in_bfloat16(command: Command, tmp_path: Path) -> None:
     check_ledger(figures["sltscale"])
 
 
+@pytest.mark.slow
 def test_decoding(command: Command, tmp_path: Path) -> None:
     arguments = ("--recipe", "gfslt_slt", "--lengths", "6,9", *SMALL, *TEXT_DECODER, "--decode")
     ours = bench(command, tmp_path, *arguments, "--evaluation.max_new_tokens", "7")["sltscale"]
@@ -48,7 +50,11 @@ def test_decoding(command: Command, tmp_path: Path) -> None:
     "arguments, message",
     [
         (("--lengths", "6,900"), "bench_train: --lengths: no drawn video has 900 frames left"),
-        (("--lengths", "6,"), "bench_train: --lengths 6,: expected numbers of frames from 1 up"),
+        pytest.param(
+            ("--lengths", "6,"),
+            "bench_train: --lengths 6,: expected numbers of frames from 1 up",
+            marks=pytest.mark.slow,
+        ),
         (("--lengths", "6,0"), "bench_train: --lengths 6,0: expected numbers of frames from 1 up"),
         (("--recipe", "gfslt_slt", "--optim.lrr", "1"), "unknown key optim.lrr; did you mean lr"),
     ],

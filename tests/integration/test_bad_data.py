@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from launching import ROOT, Launcher
 
 from sltscale.data.shards.index import Index, open_index
@@ -50,6 +51,7 @@ def test_damaged_clips_are_left_out_by_all_ranks_and_named(corpus, launcher: Lau
     assert metrics["clips"] == len(open_index(shards, "test")) - 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_same_clips_alone(corpus, launcher: Launcher, tmp_path: Path) -> None:
     shards, run = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(corpus.shards, shards)

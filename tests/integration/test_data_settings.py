@@ -1,6 +1,7 @@
 """What a recipe may say of its data, through real training: frame budgets, mixtures, shards behind a URL."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,12 @@ def test_shards_behind_a_url_train_as_those_of_a_folder(
     near = train(launcher, corpus.pretrain, tmp_path / "near", "--train.epochs", "1")
     launcher.environment["SLTSCALE_CACHE"] = str(tmp_path / "cache")
     with serving(corpus.shards) as server:
+        server.faults["train-000000.tar"] = ["503", "503"]
         far = train(launcher, corpus.pretrain, tmp_path / "far", "--train.epochs", "1", "--data.shards", server.url)
     assert losses(far) == losses(near)
+    tried_again = [
+        int(number) for number in re.findall(r"\| ([0-9]+) reads tried again\n", (tmp_path / "far/log.txt").read_text())
+    ]
+    assert sum(tried_again) == 2
     assert server.gets["train-000000.tar"] >= len(open_index(corpus.shards, "train"))
     assert any((tmp_path / "cache").rglob("*"))

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from launching import ROOT
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ def train(command: Command, corpus, run: Path, *more: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_the_best_by_a_dev_score_stays_and_is_exported(command: Command, corpus, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = train(command, corpus, run)

@@ -83,6 +83,7 @@ def test_why_a_cell_failed_is_told(command: Command, sweep: Sweep) -> None:
     assert reason in shown.stdout
 
 
+@pytest.mark.slow
 def test_one_trains_and_stops_by_a_signal(command: Command, environment: dict[str, str], sweep: Sweep) -> None:
     run = sweep.run(sweep.cell(0))
     with training(sweep, environment) as process:

@@ -7,8 +7,9 @@ import json
 import torch
 
 from sltscale.data.text import build_corpus_tokenizer
-from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.global_loss import global_loss
+from sltscale.engine.signals import leave
 from sltscale.forecast.fitting import Fitting
 from sltscale.forecast.states import EngineSetting
 from sltscale.forecast.workload import assume_corpus

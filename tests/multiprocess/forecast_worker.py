@@ -16,9 +16,10 @@ from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Plan
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer
 from sltscale.engine.accumulate import accumulate
-from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.fragments import torch_optimizer
 from sltscale.engine.global_loss import global_loss
+from sltscale.engine.signals import leave
 from sltscale.forecast.states import EngineSetting, Parameters, held
 from sltscale.forecast.trace import build_without_memory
 from sltscale.methods import export

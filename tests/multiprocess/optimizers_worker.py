@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from sltscale import config, parallel
 from sltscale.engine import checkpoint
-from sltscale.engine.deepspeed_engine import build_engine, leave, read_deepspeed_json, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
+from sltscale.engine.deepspeed_json import read_deepspeed_json
 from sltscale.engine.fragments import held_fragments, torch_optimizer
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.schedules import Progress, set_learning_rate
+from sltscale.engine.signals import leave
 from sltscale.models.layers import GlobalBatchNorm
 from sltscale.models.memory import checkpoint_blocks
 

@@ -23,9 +23,9 @@ from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Plan
 from sltscale.data.text import build_corpus_tokenizer
 from sltscale.engine import checkpoint, loop
-from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.run_folder import RunFolder
-from sltscale.engine.signals import StopRequest
+from sltscale.engine.signals import StopRequest, leave
 from sltscale.engine.telemetry import Telemetry
 from sltscale.engine.watchdog import Watchdog
 from sltscale.methods import export

@@ -62,7 +62,8 @@ LIMITS = """
 import torch
 import torch.distributed as dist
 from sltscale.config import OptimSettings
-from sltscale.engine.deepspeed_engine import build_engine, leave, start_processes
+from sltscale.engine.deepspeed_engine import build_engine, start_processes
+from sltscale.engine.signals import leave
 start_processes(watchdog_seconds=7000)
 for stage in range(4):
     settings = {"zero_optimization": {"stage": stage}}

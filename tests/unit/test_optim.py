@@ -14,7 +14,7 @@ from torch import nn
 from sltscale.config import OptimSettings
 from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Plan
-from sltscale.engine.deepspeed_engine import read_deepspeed_json
+from sltscale.engine.deepspeed_json import read_deepspeed_json
 from sltscale.engine.optim import build_optimizer, evaluate_frozen
 from sltscale.engine.schedules import Progress, set_learning_rate
 from sltscale.errors import InputError

@@ -201,9 +201,11 @@ def test_a_shard_that_was_replaced_is_fetched_again(server: Server) -> None:
 @pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["stall"], ["stall half"], ["short"], ["429"], ["408"]])
 def test_what_may_pass_is_tried_again(server: Server, faults: list[str]) -> None:
     server.faults["a.tar"] = list(faults)
+    retries = remote.retries()
     before = random.getstate(), np.random.get_state()[1].tolist()
     assert shard_source(server.url).read("a.tar", 5, 100_000) == (server.folder / "a.tar").read_bytes()[5:100_005]
     assert server.gets["a.tar"] == len(faults) + 1 and server.faults["a.tar"] == []
+    assert remote.retries() - retries == len(faults)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # they belong to the training
 
 

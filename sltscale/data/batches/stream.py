@@ -32,6 +32,7 @@ from sltscale.data.batches.plan import Plan
 from sltscale.data.batches.segments import Segments, borrow, payload
 from sltscale.data.batches.selection import Selection
 from sltscale.data.clips import Clip, Cutting
+from sltscale.data.shards.remote import retries
 from sltscale.data.video.cutting import pack_clip
 from sltscale.data.video.limits import VideoError
 from sltscale.data.video.stored import decode_yuv
@@ -114,6 +115,7 @@ class _Packed:
     lengths: list[int]
     texts: list[str]
     languages: list[str]
+    retries: int
 
     def pin_memory(self) -> _Packed:
         """The loader's thread calls this where there is CUDA; the segment is free again as soon as it is copied."""
@@ -121,7 +123,8 @@ class _Packed:
 
     def video_batch(self) -> VideoBatch:
         frames = self._bytes().view(-1, *self.frame_shape)
-        return VideoBatch(self.ids, Ragged.from_lengths(frames, self.lengths), self.texts, self.languages)
+        ragged = Ragged.from_lengths(frames, self.lengths)
+        return VideoBatch(self.ids, ragged, self.texts, self.languages, self.retries)
 
     def _bytes(self) -> Tensor:
         return borrow(self.memory, sum(self.lengths) * math.prod(self.frame_shape)) if self.segment else self.memory
@@ -142,6 +145,7 @@ class _Clips(Dataset["_Packed | InputError"]):
         shared = get_worker_info() is not None
         memory = self._segments.take(size) if shared else torch.empty(size, dtype=torch.uint8)
         frames = (payload(memory, size) if shared else memory).numpy().reshape(-1, *shape)
+        retries_before = retries()
         clips.prefetch(share.clips)
         start = 0
         for clip, length in zip(share.clips, lengths, strict=True):
@@ -159,6 +163,7 @@ class _Clips(Dataset["_Packed | InputError"]):
             lengths=lengths,
             texts=[clips.text(clip) for clip in share.clips],
             languages=[clips.language(clip) for clip in share.clips],
+            retries=retries() - retries_before,
         )
 
     def _read(self, clip: int, epoch: int, out: npt.NDArray[np.uint8]) -> None:

@@ -38,6 +38,7 @@ TRIES = 5
 FIRST_PAUSE = 0.5  # seconds between tries; doubled each time
 # What a network file system gives while its server starts again, fails over or is out of reach.
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN}
+_RETRIES: list[None] = []  # one for each; appending is safe from several threads
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 30.0, 300.0
 PART = 8 << 20  # bytes that a request asks for at most, when a whole file is read
 
@@ -314,8 +315,14 @@ def _connect(scheme: str) -> _Client:
         raise InputError(f'{scheme} shards need {package}; install it: pip install "sltscale[remote]"') from None
 
 
+def retries() -> int:
+    """Reads that this process has had to try again so far."""
+    return len(_RETRIES)
+
+
 def _wait_to_try_again(address: str, reason: str, number: int) -> None:
     """After try ``number``, counted from 1."""
+    _RETRIES.append(None)
     where = socket.gethostname()
     print(f"warning: {where}: {address}: {reason}; try {number} of {TRIES}", file=sys.stderr, flush=True)
     # The operating system's randomness: the generators' states belong to the training.
