@@ -15,6 +15,7 @@ from sltscale.config import Recipe
 from sltscale.diagnosis.finding import Finding
 from sltscale.engine import manifest
 from sltscale.engine.run_folder import RunFolder
+from sltscale.files import readable_bytes
 from sltscale.methods.parameters import count
 
 LEAST_FREE = 2**30  # bytes, where nothing better is known
@@ -56,7 +57,7 @@ def run_folder(path: Path, recipe: Recipe | None) -> Iterator[Finding]:
             remedy = f"make {place} writable for you (mounted read-only? other owner?), or choose another with --run"
             yield Finding(subject, "fault", found, remedy)
         elif room.state == "ok":
-            found = f"no space: {_size(WRITTEN)} cannot be written in {place}: {error.strerror}"
+            found = f"no space: {readable_bytes(WRITTEN)} cannot be written in {place}: {error.strerror}"
             yield Finding("free disk", "fault", found, "raise the quota, make room, or choose another with --run")
         return
     if fault is not None:
@@ -81,13 +82,13 @@ def _room(place: Path, needed: int) -> Finding:
     usage = os.statvfs(place)
     free = usage.f_bavail * usage.f_frsize
     if free < needed:
-        found = f"no space: {_size(free)} free in {place}, {_size(needed)} needed"
+        found = f"no space: {readable_bytes(free)} free in {place}, {readable_bytes(needed)} needed"
         remedy = "make room, lower train.keep_checkpoints, or choose another file system with --run"
         return Finding("free disk", "fault", found, remedy)
     if usage.f_files and usage.f_favail < LEAST_FILES:
         found = f"no space: room for {usage.f_favail} more files in {place}, {LEAST_FILES} needed"
         return Finding("free disk", "fault", found, "delete files there, or choose another file system with --run")
-    return Finding("free disk", "ok", f"{_size(free)} in {place}, {_size(needed)} needed")
+    return Finding("free disk", "ok", f"{readable_bytes(free)} in {place}, {readable_bytes(needed)} needed")
 
 
 def _needed(path: Path, recipe: Recipe | None) -> int:
@@ -149,7 +150,3 @@ def _speed(path: Path, size: int) -> float:
         file.flush()
         os.fsync(file.fileno())
         return file.tell() / max(time.perf_counter() - began, 1e-9)
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e6:.3g} MB" if number < 1e9 else f"{number / 1e9:.4g} GB"
