@@ -18,37 +18,53 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 class Saved:
-    """Counts what autograd keeps, through hooks that torch calls for each tensor that is saved for a backward."""
+    """Counts what autograd keeps, through hooks that torch calls for each tensor that is saved for a backward.
+
+    What is let go again before the forward's end does not count: a checkpointed block saves its inputs before it is
+    known whether anything inside leads to a gradient, and in a frozen tower nothing does.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        own = [*model.parameters(), *model.buffers()]
-        self._own = {tensor.untyped_storage()._cdata for tensor in own}
-        self._found: dict[int, int] = {}
+        self._model = model
+        self._kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def counting(self) -> AbstractContextManager[Any]:
-        return saved_tensors_hooks(self._note, lambda tensor: tensor)
+        return saved_tensors_hooks(self._keep, lambda kept: kept.tensor)
 
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._found[storage._cdata] = storage.nbytes()
-        return tensor
+    def _keep(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        self._kept.add(kept)
+        return kept
 
     @property
     def bytes(self) -> int:
-        return sum(self._found.values())
+        """Of what is kept now: to be asked between forward and backward, while there is something to go back from."""
+        own = {tensor.untyped_storage()._cdata for tensor in (*self._model.parameters(), *self._model.buffers())}
+        storages = [kept.tensor.untyped_storage() for kept in self._kept]
+        return sum({storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in own}.values())
+
+
+class _Kept:
+    """What autograd holds in place of a tensor, for as long as it would hold that."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class Shapes(FakeTensorMode):
-    """Fake floating-point tensors and real whole numbers; keeps count of the bytes that are alive."""
+    """Fake floating-point tensors and real whole numbers; keeps count of the bytes that are alive and, by torch's
+    formulas, of the multiplications and additions. Torch's own counter of these would keep checkpointed blocks from
+    being let go: it ties hooks to every module's tensors, until it is left."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._known: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
         self._alive = self._before = self.gradients = self.peak = self.peak_with_gradients = self._apart = 0
+        self.flops = self._depth = 0
 
     def take_in(self, model: nn.Module, bf16: bool) -> None:
         """Make fake tensors of a model's parameters and buffers, which are on the meta device."""
@@ -75,20 +91,29 @@ class Shapes(FakeTensorMode):
         """Count from here on: what is alive now, but for ``besides``, is the model's."""
         gc.collect()
         self._before = self._alive - (0 if besides is None else besides.nbytes)
-        self.gradients = self.peak = self.peak_with_gradients = 0
+        self.gradients = self.peak = self.peak_with_gradients = self.flops = 0
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and (tensors or _counts(func, args, kwargs)):
-            found = func(*args, **kwargs)
-        else:
-            if func is torch.ops.aten.index.Tensor:
-                args = (args[0], [piece for index in args[1] for piece in _places(index)])
-            found = super().dispatch(func, types, args, kwargs)
-        for tensor in tree_leaves(found):
+        self._depth += 1
+        try:
+            found = self._dispatch(func, types, args, kwargs or {})
+        finally:
+            self._depth -= 1
+        # What torch makes on the way to a result's shape, and only the first time, no kernel makes.
+        for tensor in tree_leaves(found) if self._depth == 0 else ():
             if isinstance(tensor, Tensor):
                 self.note(tensor)
+        return found
+
+    def _dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and (tensors or _counts(func, args, kwargs)):
+            return func(*args, **kwargs)
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [piece for index in args[1] for piece in _places(index)])
+        found = super().dispatch(func, types, args, kwargs)
+        if self._depth == 1 and func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=found)
         return found
 
     def note(self, tensor: Tensor) -> None:

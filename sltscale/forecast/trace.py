@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
 
 from sltscale.config import MethodSettings, Recipe
 from sltscale.engine.optim import evaluate_frozen, freeze
@@ -94,38 +93,38 @@ def _whole(method: Method, shapes: Shapes, batch: VideoBatch, text: TextBatch) -
     del features
     saved = Saved(method)
     shapes.restart(besides=batch.frames.values)
-    with FlopCounterMode(display=False) as flops, _gradients_let_go(method, shapes):
+    with _gradients_let_go(method, shapes):
         with saved.counting():
             outputs = method(batch, text)
+        kept = saved.bytes
         loss = _total(method, outputs)
         del outputs
         loss.backward()
-    return Activations(saved.bytes, contrastive, shapes.peak, shapes.peak_with_gradients, flops.get_total_flops())
+    return Activations(kept, contrastive, shapes.peak, shapes.peak_with_gradients, shapes.flops)
 
 
 def _in_parts(method: Method, shapes: Shapes, parts: Sequence[Share], size: int) -> Activations:
     """As ``engine.accumulate``: features of all parts without gradient, their comparison, each part once more."""
     saved = contrastive = 0
     shapes.restart()
-    with FlopCounterMode(display=False) as flops:
-        batches = [(_batch(shapes, part, size), _text(part)) for part in parts]
-        with torch.no_grad():
-            found = [method.encode(batch, text, features_only=True)[1] for batch, text in batches]
-        whole = Features.concatenate(found)
-        contrastive = _compare(method, shapes, whole)
-        del found
-        with _gradients_let_go(method, shapes):
-            for batch, text in batches:
-                counted = Saved(method)
-                with counted.counting():
-                    losses, features = method.encode(batch, text, features_only=False)
-                saved = max(saved, counted.bytes)
-                terms = [tensor.sum() for tensor in features.tensors().values() if tensor.requires_grad]
-                loss = torch.stack([*terms, *([_total(method, losses)] if losses else [])]).sum()
-                del losses, features, terms
-                loss.backward()
-                del loss
-    return Activations(saved, contrastive, shapes.peak, shapes.peak_with_gradients, flops.get_total_flops())
+    batches = [(_batch(shapes, part, size), _text(part)) for part in parts]
+    with torch.no_grad():
+        found = [method.encode(batch, text, features_only=True)[1] for batch, text in batches]
+    whole = Features.concatenate(found)
+    contrastive = _compare(method, shapes, whole)
+    del found
+    with _gradients_let_go(method, shapes):
+        for batch, text in batches:
+            counted = Saved(method)
+            with counted.counting():
+                losses, features = method.encode(batch, text, features_only=False)
+            saved = max(saved, counted.bytes)
+            terms = [tensor.sum() for tensor in features.tensors().values() if tensor.requires_grad]
+            loss = torch.stack([*terms, *([_total(method, losses)] if losses else [])]).sum()
+            del losses, features, terms
+            loss.backward()
+            del loss
+    return Activations(saved, contrastive, shapes.peak, shapes.peak_with_gradients, shapes.flops)
 
 
 def _compare(method: Method, shapes: Shapes, features: Features) -> int:
@@ -149,8 +148,9 @@ def saved_bytes(method: Method, batch: VideoBatch, text: TextBatch) -> int:
     saved = Saved(method)
     with saved.counting():
         outputs = method(batch, text)
+    kept = saved.bytes
     del outputs
-    return saved.bytes
+    return kept
 
 
 class _AnyLexicon:

@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from launching import ROOT, Launcher
 
 from sltscale.miniature import tiny_recipe
@@ -14,6 +15,17 @@ TRAIN = ROOT / "sltscale/train.py"
 ZERO3 = ["--deepspeed", str(ROOT / "ds_configs/zero3.json")]
 
 
+def test_a_good_recipe_in_a_single_process(command: Command, corpus, tmp_path: Path) -> None:
+    """The short form of the next."""
+    run = tmp_path / "runs" / "tiny"
+    done = command(TRAIN, *ZERO3, "--recipe", corpus.pretrain, "--run", run, "--dry-run", "--nodes", "2", "--gpus", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in ("on 2 ranks, each exactly once", "2 steps at ZeRO 3 on 1 CPU ranks", "equal in every bit"):
+        assert expected in done.stdout
+    assert not run.parent.exists()
+
+
+@pytest.mark.slow
 def test_a_good_recipe_and_what_it_starts_from(launcher: Launcher, corpus, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     arguments = [

@@ -11,7 +11,14 @@ WORKER = Path(__file__).with_name("forecast_worker.py")
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
+def test_bytes_of_each_stage_are_exact(launcher: Launcher) -> None:
+    """The short form: each stage once."""
+    assert "all equal" in launcher.check(WORKER, ["short"], ranks=2)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_bytes_of_every_stage_are_exact(ranks: int, launcher: Launcher) -> None:
     """Weights, masters, gradients and optimizer state on each rank at ZeRO 0 to 3, in fp32 and bf16, with offload,
     whole steps and micro-batches; a frozen tower, SGD, Adam and AdamW side by side."""

@@ -1,11 +1,13 @@
 """The forecast of activations, against what autograd keeps in a real forward."""
 
 import gc
+import itertools
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +20,7 @@ from sltscale.methods.hfa import HFAPretraining
 from sltscale.recipe_files import load_recipe
 from sltscale.structures import Ragged, TextBatch, VideoBatch
 
-BOUND = 0.10
+BOUND = 0.02
 SHARE = Share(frames=(21, 40, 33), tokens=(7, 12, 9))
 VOCABULARY = Vocabulary(500, 1, 2, 200)
 # The published sizes but for depth and pixels: the frame encoders' maps are the bulk in all of them.
@@ -27,6 +29,10 @@ RECIPES = {
     "gfslt_vlp_v1": ["--data.crop_size", "112", "--method.text_encoder.layers", "2"],
     "hfa_pretrain": ["--data.crop_size", "112", "--method.language_model.encoder_layers", "2"],
 }
+TOWERS = ("visual.transformer", "text_encoder", "text_decoder")
+SHALLOW = ["--data.crop_size", "32", *(word for tower in TOWERS for word in (f"--method.{tower}.layers", "1"))]
+CASES = tuple(itertools.product(RECIPES, ("none", "all")))
+ORDINARY = ("hfa_pretrain", "all")  # with towers that are frozen, or but for their adapters
 
 
 class Lexicon:
@@ -50,8 +56,13 @@ def ready(recipe: Recipe) -> tuple[Any, VideoBatch, TextBatch]:
     return method, video, TextBatch(torch.where(mask.bool(), 3, 1), mask)
 
 
-@pytest.mark.parametrize("checkpoints", ["none", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "checkpoints"),
+    [
+        ORDINARY,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case != ORDINARY),
+    ],
+)
 def test_saved_bytes_of_a_real_forward(name: str, checkpoints: str) -> None:
     recipe = with_checkpoints(load_recipe(name, RECIPES[name]), checkpoints)
     forecast, found = trace(recipe, VOCABULARY, SHARE).saved, saved_bytes(*ready(recipe))
@@ -81,14 +92,16 @@ class Alive(TorchDispatchMode):
         self.bytes -= size
 
 
-# Found 503921181 bytes at a time, forecast 823881965: too much, and not yet understood.
-TOO_HIGH = pytest.mark.xfail(reason="the forecast of a peak with checkpointed blocks is too high", strict=True)
-
-
-@pytest.mark.parametrize("checkpoints", ["none", pytest.param("all", marks=TOO_HIGH)])
-def test_peak_of_a_real_step(checkpoints: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "checkpoints"),
+    [
+        ("c2rl_pretrain", "all"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case != ("c2rl_pretrain", "all")),
+    ],
+)
+def test_peak_of_a_real_step(name: str, checkpoints: str) -> None:
     """Forward and backward with the gradients of parameters kept."""
-    recipe = with_checkpoints(load_recipe("c2rl_pretrain", ["--data.crop_size", "112"]), checkpoints)
+    recipe = with_checkpoints(load_recipe(name, RECIPES[name]), checkpoints)
     method, video, text = ready(recipe)
     gc.collect()
     with Alive(method) as alive:
@@ -96,13 +109,15 @@ def test_peak_of_a_real_step(checkpoints: str) -> None:
         loss = torch.stack([output.loss_sum.reshape(()) for output in outputs.values()]).sum()
         del outputs
         loss.backward()
+    FakeTensorMode.cache_clear()
     forecast, found = trace(recipe, VOCABULARY, SHARE), alive.most + video.frames.values.nbytes
-    print(f"checkpoints {checkpoints}: forecast {forecast.peak_with_gradients}, found {found}")
+    print(f"{name}, checkpoints {checkpoints}: forecast {forecast.peak_with_gradients}, found {found}")
     assert forecast.peak_with_gradients == pytest.approx(found, rel=BOUND)
+    assert trace(recipe, VOCABULARY, SHARE) == forecast, "depends on what torch has met before"
 
 
 def test_ranks_add_what_is_compared_and_halves_halve() -> None:
-    recipe = load_recipe("c2rl_pretrain", ["--data.crop_size", "32"])
+    recipe = load_recipe("c2rl_pretrain", SHALLOW)
     one = trace(recipe, VOCABULARY, SHARE)
     many = trace(recipe, VOCABULARY, SHARE, world_size=8)
     assert many.contrastive > 4 * one.contrastive
@@ -112,7 +127,7 @@ def test_ranks_add_what_is_compared_and_halves_halve() -> None:
 
 
 def test_micro_batches_keep_the_heaviest_part_only() -> None:
-    recipe = load_recipe("c2rl_pretrain", ["--data.crop_size", "32"])
+    recipe = load_recipe("c2rl_pretrain", SHALLOW)
     whole = trace(recipe, VOCABULARY, SHARE)
     parts = trace(recipe, VOCABULARY, SHARE, micro_batches=(1, 1, 1))
     heaviest = trace(recipe, VOCABULARY, Share(frames=(40,), tokens=(12,)))

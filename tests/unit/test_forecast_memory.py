@@ -1,14 +1,13 @@
 """``sltscale forecast``: what it says of a recipe, whether it fits and what would, and what it refuses."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openasl_corpus import pack, write_corpus
 
+from sltscale.cli import main
 from sltscale.data.shards.index import open_index
 from sltscale.forecast.fitting import RESERVED, Fitting, towers
 from sltscale.forecast.states import EngineSetting, Group, Parameters, held, most_held
@@ -16,7 +15,6 @@ from sltscale.forecast.workload import assume_corpus, busiest_share, read_corpus
 from sltscale.methods.base import Vocabulary
 from sltscale.recipe_files import load_recipe
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ["--data.crop_size", "32", "--data.global_batch", "8", "--data.max_frames", "24"]
 
 
@@ -99,26 +97,35 @@ def test_with_shards_it_counts_them(tmp_path: Path) -> None:
     assert sum(share.frames) >= max(corpus.frames)
 
 
-def forecast(command: Command, *arguments: str | Path) -> dict[str, Any]:
-    done = command("-m", "sltscale.cli", "forecast", *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def forecast(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """(exit code, output, errors)"""
+    capsys.readouterr()
+    code = main(["forecast", *map(str, arguments)])
+    return code, *capsys.readouterr()
 
 
-def test_without_shards_it_says_what_it_assumes(command: Command, tmp_path: Path) -> None:
+def test_without_shards_it_says_what_it_assumes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["c2rl_pretrain", "--data.shards", tmp_path / "none", "--gpus", "2", *SMALL]
-    found = forecast(command, *arguments, "--clips", "80", "--frames", "20", "--frames-per-second", "100")
+    length = ["--clips", "80", "--frames", "20", "--frames-per-second", "100"]
+    code, output, _ = forecast(capsys, *arguments, *length, "--json")
+    assert code == 0
+    found: dict[str, Any] = json.loads(output)
     assert found["share"] == {"frames": [20] * 4, "tokens": [32] * 4}
     assert found["run"]["steps"] == 200 * 10
     assert found["run"]["hours"] == pytest.approx(200 * 80 * 20 / (2 * 100) / 3600)
     assert "assumed" in found["basis"] and "as given" in found["speed"]
     assert found["chosen"]["fits"] and found["nearest"] is None
-    shown = command("-m", "sltscale.cli", "forecast", *arguments, "--gpu-memory", "0.1")
-    assert shown.returncode == 0, shown.stderr
-    assert "does not fit" in shown.stdout and "give --clips" in shown.stdout
 
 
-def test_bad_input_is_one_line(command: Command, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["c2rl_pretrain", "--data.shards", tmp_path / "none", "--gpus", "2", *SMALL]
+    code, output, _ = forecast(capsys, *arguments, "--gpu-memory", "0.1")
+    assert code == 0
+    assert "does not fit" in output and "give --clips" in output
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, expected in (
         (["c2rl_pretrain", "--gpus", "100"], "100 ranks"),
         (["c2rl_pretrain", "--shards", tmp_path], "no train split"),
@@ -126,6 +133,6 @@ def test_bad_input_is_one_line(command: Command, tmp_path: Path) -> None:
         (["c2rl_pretrain", "--optim.rl", "1"], "optim.rl"),
         (["hfa_pretrain"], "pseudo-glosses"),
     ):
-        done = command("-m", "sltscale.cli", "forecast", *arguments)
-        assert done.returncode == 2, done.stdout
-        assert len(done.stderr.splitlines()) == 1 and expected in done.stderr
+        code, output, errors = forecast(capsys, *arguments)
+        assert code == 2, output
+        assert len(errors.splitlines()) == 1 and expected in errors
