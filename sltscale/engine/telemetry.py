@@ -16,6 +16,8 @@ from sltscale.engine.global_loss import Totals
 from sltscale.engine.run_folder import RunFolder
 from sltscale.files import write_atomically
 
+NEVER = 10**8  # seconds
+
 
 class Telemetry:
     """Rank 0's voice; on other ranks every method does nothing (``folder`` None)."""
@@ -32,7 +34,8 @@ class Telemetry:
             folder.keep_steps_until(first_step)
             self._log = folder.log.open("a", encoding="utf-8")
             self._steps = folder.steps.open("a", encoding="utf-8", buffering=1)
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+            # Flushed by hand: the writer's own thread would also write for a rank whose run has been taken over.
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step, flush_secs=NEVER)
 
     def say(self, line: str) -> None:
         if self._log is not None:
@@ -68,6 +71,7 @@ class Telemetry:
         )
         for name, value in {**means, **rates, "lr": lr}.items():
             self._board.add_scalar(f"train/{name}", value, step)
+        self._board.flush()
 
     def exclude(self, seconds: float) -> None:
         """Leave time that went into saving and scoring out of the rates."""
@@ -78,12 +82,14 @@ class Telemetry:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{prefix}/{name}", value, step)
+            self._board.flush()
 
     def samples(self, step: int, pairs: list[tuple[str, str, str]]) -> None:
         """Text samples (id, reference, hypothesis) for TensorBoard, fenced so that no markup is interpreted."""
         if self._board is not None and pairs:
             lines = [f"    {key}\n    reference:  {reference}\n    hypothesis: {hyp}" for key, reference, hyp in pairs]
             self._board.add_text("dev/samples", "\n\n".join(lines), step)
+            self._board.flush()
 
     def close(self) -> None:
         for stream in (self._log, self._steps, self._board):

@@ -13,6 +13,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 AS_THE_CODE = ("--method.visual.edge_copies", "frames", "--method.visual.temporal.norm_over", "padded")
 
 
+@pytest.mark.slow
 def test_our_step_and_the_baseline_s_are_the_same_work(command: Command, tmp_path: Path) -> None:
     arguments = ("--recipe", "gfslt_vlp_v1", "--lengths", "6,9,5", *SMALL, *TEXT_ENCODER, *AS_THE_CODE, "--baseline")
     figures = bench(command, tmp_path, *arguments)

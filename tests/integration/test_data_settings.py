@@ -26,6 +26,7 @@ def losses(steps: list[dict[str, float]]) -> list[float]:
     return [step["loss"] for step in steps]
 
 
+@pytest.mark.slow
 def test_a_frame_budget_gives_the_same_steps_on_any_number_of_ranks(corpus, launcher: Launcher, tmp_path: Path) -> None:
     arguments = [*BUDGET, "--data.batch_multiple", "2", "--train.epochs", "2"]
     one = train(launcher, corpus.pretrain, tmp_path / "one", *arguments, ranks=1)
@@ -39,6 +40,7 @@ def test_a_frame_budget_gives_the_same_steps_on_any_number_of_ranks(corpus, laun
     assert set(manifest["data"]) == {"seed", "epoch", "clips"}
 
 
+@pytest.mark.slow
 def test_a_mixture_takes_every_corpus_and_goes_on_exactly(corpus, launcher: Launcher, tmp_path: Path) -> None:
     second = tmp_path / "second"
     shutil.copytree(corpus.shards, second)

@@ -70,7 +70,7 @@ def losses_so_far(run: Path) -> list[str]:
     return (run / "steps.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     number: signal.Signals, corpus, unbroken: Path, launcher: Launcher, tmp_path: Path
 ) -> None:

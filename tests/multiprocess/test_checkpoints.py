@@ -32,6 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return assemble(found)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_at_every_stage_with_dropout_and_two_learning_rates(
     launcher: Launcher, tmp_path: Path
 ) -> None:

@@ -70,7 +70,12 @@ def take_steps(launcher: Launcher, out: Path, ranks: tuple[int, ...], *options: 
 @pytest.mark.parametrize("ranks", [(1, 2), pytest.param((1, 4), marks=pytest.mark.slow)], ids=["1 2", "1 4"])
 @pytest.mark.parametrize(
     ("method", "clipping"),
-    [("c2rl", ()), ("translation", ()), ("gfslt_vlp", ()), ("c2rl", ("--clip_norm", "0.5"))],
+    [
+        ("c2rl", ()),
+        pytest.param("translation", (), marks=pytest.mark.slow),
+        ("gfslt_vlp", ()),
+        ("c2rl", ("--clip_norm", "0.5")),
+    ],
 )
 def test_the_same_step_on_ranks_at_every_stage(
     method: str, clipping: tuple[str, ...], ranks: tuple[int, ...], launcher: Launcher, tmp_path: Path
@@ -83,7 +88,11 @@ def test_the_same_step_on_ranks_at_every_stage(
 
 @pytest.mark.parametrize(
     ("method", "norm"),
-    [("c2rl", "layer"), ("translation", "frozen"), pytest.param("gfslt_vlp", "layer", marks=pytest.mark.slow)],
+    [
+        ("c2rl", "layer"),
+        pytest.param("translation", "frozen", marks=pytest.mark.slow),
+        pytest.param("gfslt_vlp", "layer", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("ranks", [(1, 2), pytest.param((1, 4), marks=pytest.mark.slow)], ids=["1 2", "1 4"])
 def test_the_same_step_in_micro_batches(
