@@ -77,7 +77,10 @@ def _report(error: str) -> None:
     gone; another rank that is still there after a while was alone with it, and speaks."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(5)
+        try:
+            time.sleep(5)
+        except KeyboardInterrupt:  # ended by the launcher: rank 0 has spoken
+            return
         error = f"rank {rank}: {error}"
     print(f"error: {error}", file=sys.stderr, flush=True)
 
