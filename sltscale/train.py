@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.dry_run:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported
+    # Pages of 2 MiB for tensors on a CPU, a fifth off a step there (docs/performance.md); torch reads it once.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here: the data workers import this file as their main module and need none of it.
     from sltscale import stages
     from sltscale.engine.checkpoint import NotSavedError

@@ -118,6 +118,7 @@ def prepare(options: argparse.Namespace, overrides: list[str], folder: Path) -> 
             *("--data.shards", str(shards), "--data.global_batch", str(len(lengths)), "--data.augment", "off"),
             *("--data.frame_size", str(options.size), "--data.crop_size", str(options.size)),
             *("--data.max_frames", str(max(lengths)), "--data.workers", "1", "--start", "none"),
+            *("--train.keep_best", "none", "--train.select", "last", "--evaluation.every_epochs", "none"),
             *("--train.epochs", "1000000", "--train.checkpoint_every", "1000000", "--train.log_every", "1000000"),
             *optimizer,
             *overrides,
