@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,10 @@ from torch import nn
 from sltscale import config, parallel
 from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Plan
+from sltscale.data.lexicon import Lexicon, build_lexicon
+from sltscale.data.tagging import tagger
 from sltscale.data.text import build_corpus_tokenizer
+from sltscale.data.word_vectors import Vectors, corpus_vectors
 from sltscale.engine import checkpoint, loop
 from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.run_folder import RunFolder
@@ -77,6 +81,16 @@ def recipe_for(
             },
         },
     }
+    lora = {"rank": 2, "alpha": 2, "dropout": dropout}
+    small_dino = {"width": 16, "layers": 1, "heads": 2, "patch": 8, "image_size": 16, "lora_blocks": 1, "lora": lora}
+    local = {"width": 16, "heads": 2, "feed_forward": 32, "layers": [1, 1], "output_width": 16, "layer_scale": 0.5}
+    hfa = {
+        "visual": {"frames": small_dino, "temporal": local | {"dropout": dropout, "drop_path": dropout}},
+        "language_model": methods["translation"]["language_model"],
+        "lora": lora,
+    }
+    methods["hfa_pretraining"] = hfa | {"name": "hfa_pretraining", "head_width": 8, "head_dropout": dropout}
+    methods["hfa_translation"] = hfa | {"name": "hfa_translation"}
     return config.Recipe.model_validate(
         {
             "name": "tiny",
@@ -128,10 +142,19 @@ def draw_weights(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if "lora_B" in name:  # drawn as zeros, through which the other matrix learns nothing
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.dim() == 2:
                 parameter.mul_(1 / math.sqrt(16) / 0.02)
             elif name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def words_of(sentences: list[str]) -> Lexicon:
+    def vectors(glosses: Sequence[str], found: Sequence[list[str]]) -> Vectors:
+        return corpus_vectors(glosses, found, 8)
+
+    return build_lexicon(sentences, tagger("words").analyse, vectors)
 
 
 def budget(lengths: list[int], recipe: config.Recipe, parts: int) -> int:
@@ -166,6 +189,9 @@ def main() -> None:
     plain = recipe_for(*settings, options.global_batch)
     lengths = [len(clip(number)[0]) for number in range(options.clips)]
     tokenizer = build_corpus_tokenizer([clip(number)[1] for number in range(options.clips)], ["de"], 60)
+    lexicon = None
+    if options.method == "hfa_pretraining":
+        lexicon = words_of([clip(number)[1] for number in range(options.clips)])
     gather = parallel.gather
     for variant, stage in itertools.product(options.variants.split(","), map(int, options.stages.split(","))):
         parallel.gather = GATHERS.get(variant, gather)
@@ -175,7 +201,7 @@ def main() -> None:
         plan = Plan(lengths, recipe.seed, BatchRule.of(recipe.data), micro_frames=recipe.data.micro_frames)
         folder = RunFolder(options.out / variant / f"zero{stage}")
         folder.path.mkdir(parents=True, exist_ok=True)
-        model = export.build(recipe, tokenizer)
+        model = export.build(recipe, tokenizer, lexicon)
         draw_weights(model)
         engine = build_engine(
             model.to(device),
