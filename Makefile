@@ -44,4 +44,4 @@ setup: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs shards/demo shards/.demo*
+	rm -rf .venv runs shards/demo shards/.demo* features/demo

@@ -7,26 +7,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from sltscale.language_settings import (  # noqa: F401
+    AnyLanguageModelSettings,
+    CausalSettings,
+    LanguageModelSettings,
+    MT5Settings,
+)
 from sltscale.method_settings import (  # noqa: F401 - the whole tree can be had from here
-    ActivationSettings,
     C2RLSettings,
     DinoSettings,
+    FeatureSettings,
     GFSLTSettings,
     GFSLTVLPSettings,
     HFAPretrainingSettings,
     HFATranslationSettings,
     HFAVisualSettings,
-    LanguageModelSettings,
     LocalTemporalSettings,
     LoraSettings,
     MethodSettings,
     PackedTemporalSettings,
     PackedVisualSettings,
-    Positive,
     ResNetSettings,
     RetrievalSettings,
-    Settings,
-    Share,
     TextDecoderSettings,
     TextEncoderSettings,
     TokenContrastSettings,
@@ -34,6 +36,7 @@ from sltscale.method_settings import (  # noqa: F401 - the whole tree can be had
     TranslationSettings,
     VisualSettings,
 )
+from sltscale.settings import ActivationSettings, Positive, Settings, Share  # noqa: F401
 
 
 class SyntheticSettings(Settings):
@@ -51,17 +54,25 @@ class MixSettings(Settings):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+Augment = Literal["off", "light", "strong", "strong_color"]
+
+
 class DataSettings(Settings):
     """Which shards, and how a clip becomes frames.
 
     shards: folder made by tools/make_shards.py, with splits train, dev and test, or its https:// or s3:// address.
+    features: folder of the visual tokens of these shards' clips, as a recipe of method "features" writes it; they are
+    read in place of the clips, and the visual encoder neither runs nor learns (frames are tokens, then).
     mix: corpora whose train splits are added; an epoch takes of each a share by weight x clips^(1 / temperature).
     bad_data: what to do about clips that are not as they were indexed: stop before the first step, or skip them all,
     as long as they are no more than the share max_bad_share of a split.
     frame_size: height and width that clips are packed at. crop_size: even, window that the model sees (random in
     training, centre otherwise). sampling_rate: the share k of frames kept; one random frame of each of the
     int(k T) equal pieces in training, the first otherwise (C2RL section IV-B). max_frames: longest clip after
-    sampling; longer ones are thinned evenly. augment "off": nothing is random, training sees what evaluation sees.
+    sampling; longer ones are thinned evenly. augment "off": nothing is random, training sees what evaluation sees;
+    "light": frames and window; "strong": besides, pictures are turned, resized and moved; "strong_color": or, and also,
+    of another brightness and saturation (data/batches/vidaug.py). temporal_rescale: training plays a clip faster or
+    slower by up to this share, 0.2 in GFSLT-VLP's code; with global_batch alone, the other rules count frames before.
 
     A global batch holds at most ``global_batch`` clips, or ``global_frames`` frames counted as if every clip were
     padded to the longest, or both. bucket_window: clips of similar length go together, chosen from this many
@@ -71,6 +82,7 @@ class DataSettings(Settings):
     """
 
     shards: str
+    features: str | None = None
     mix: tuple[MixSettings, ...] = ()
     temperature: Annotated[float, Field(ge=1)] = 1.0
     bad_data: Literal["stop", "skip"] = "stop"
@@ -80,7 +92,8 @@ class DataSettings(Settings):
     crop_size: Positive
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_frames: Positive = 300
-    augment: Literal["off", "light"] = "light"
+    augment: Augment = "light"
+    temporal_rescale: Annotated[float, Field(ge=0, lt=1)] = 0.0
     global_batch: Positive | None = None
     global_frames: Positive | None = None
     bucket_window: Annotated[int, Field(ge=0)] = 0
@@ -97,10 +110,26 @@ class DataSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _rescaling_fits(self) -> DataSettings:
+        if self.temporal_rescale and self.augment == "off":
+            raise ValueError(f'temporal_rescale is {self.temporal_rescale}, but augment "off"; set one of the two')
+        if self.temporal_rescale and not (self.global_frames is None and self.micro_frames is None):
+            raise ValueError("temporal_rescale changes the frames that global_frames and micro_frames count; unset it")
+        return self
+
+    @model_validator(mode="after")
     def _micro_batches_fit(self) -> DataSettings:
         # With room for any two clips, a batch can always be dealt into parts that are not empty.
         if self.micro_frames is not None and self.micro_frames < 2 * self.max_frames:
             raise ValueError(f"micro_frames {self.micro_frames} is less than twice max_frames {self.max_frames}")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_random_in_features(self) -> DataSettings:
+        if self.features is not None and self.augment != "off":
+            raise ValueError(f'features are read as they are stored, and augment is "{self.augment}"; set it to "off"')
+        if self.features is not None and self.mix:
+            raise ValueError("features are of one corpus; set mix or features to none")
         return self
 
     @model_validator(mode="after")
@@ -241,7 +270,8 @@ class TrainSettings(Settings):
     keep_best: the checkpoint with the best score among those of evaluation.every_epochs, and the last, stays beside the
     newest keep_checkpoints. select: which one the run ends in. max_skipped: a step whose loss or gradient is not finite
     is skipped; after so many in a row the run stops. watchdog_seconds: a step, or the start-up, that takes longer is
-    taken for a hang.
+    taken for a hang. attention: what language models attend by in training (docs/attention.md), none for the fastest
+    there is.
     """
 
     epochs: Positive
@@ -252,6 +282,7 @@ class TrainSettings(Settings):
     select: Literal["last", "best"] = "last"
     max_skipped: Positive = 5
     watchdog_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    attention: str | None = None
 
     @model_validator(mode="after")
     def _best_of_what(self) -> TrainSettings:
@@ -260,14 +291,24 @@ class TrainSettings(Settings):
         return self
 
 
+class SamplingSettings(Settings):
+    """Sentences drawn from the model's probabilities, those of each step sharpened by a temperature below 1; only the
+    likeliest tokens that make up top_p of them are drawn from."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class EvaluationSettings(Settings):
-    """Decoding and scoring. convention: "13a" is sacrebleu's default; "slt" is the field's (tokenise none, floor).
+    """Decoding and scoring. sampling: in place of beam search; what is drawn for a clip depends on the seed and its id
+    alone. convention: "13a" is sacrebleu's default; "slt" is the field's (tokenise none, floor).
     append_period: score every sentence with " ." behind it, as HFA's code."""
 
     batch: Positive = 16
     beams: Positive = 5
     length_penalty: float = 1.0
     max_new_tokens: Positive = 100
+    sampling: SamplingSettings | None = None
     convention: Literal["13a", "slt"] = "13a"
     append_period: bool = False
     every_epochs: Positive | None = None
@@ -288,6 +329,26 @@ class Recipe(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
+    def _features_have_an_encoder(self) -> Recipe:
+        method, features = self.method, self.data.features
+        if isinstance(method, FeatureSettings):
+            if features is not None or self.data.mix or self.data.augment != "off":
+                raise ValueError(
+                    'method features reads the clips of data.shards as evaluation does; set data.augment to "off", '
+                    "data.features and data.mix to none"
+                )
+        elif features is not None:
+            if not isinstance(method, TranslationSettings | RetrievalSettings):
+                raise ValueError(f"data.features are for methods translation and retrieval, not {method.name}")
+            if self.start is None:
+                raise ValueError("data.features needs start, where the encoder that wrote them is found")
+        return self
+
+    def on_video(self) -> Recipe:
+        """The recipe of the whole model, which has a visual encoder and reads clips: without data.features."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"features": None})})
+
+    @model_validator(mode="after")
     def _best_is_looked_for(self) -> Recipe:
         if self.train.keep_best is not None and self.evaluation.every_epochs is None:
             raise ValueError("train.keep_best needs scores to compare: set evaluation.every_epochs, e.g. 1")
@@ -301,6 +362,11 @@ class Recipe(Settings):
             if length > positions:
                 raise ValueError(f"{key} is {length}, more than method.{part}.max_positions {positions}")
         return self
+
+    @property
+    def prompts(self) -> dict[str, str] | None:
+        """How the model is told a sentence's language, see data.text.TextTokenizer."""
+        return getattr(getattr(self.method, "language_model", None), "prompts", None)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -4,34 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-Length = tuple[str, int, str, int]
-"""(settings, the longest sequence they lead to, the part of the method that reads it, its positions). Every method's
-settings list theirs in ``lengths``, from the longest clip in frames, sentence and generated sentence in tokens."""
-
-
-class ActivationSettings(Settings):
-    """What a tower keeps for the backward. checkpoint_activations: only what goes into each of its blocks; the rest is
-    computed again. offload_activations: and this in the CPU's memory."""
-
-    checkpoint_activations: bool = False
-    offload_activations: bool = False
-
-    @model_validator(mode="after")
-    def _something_to_offload(self) -> ActivationSettings:
-        if self.offload_activations and not self.checkpoint_activations:
-            raise ValueError("offload_activations is set without checkpoint_activations; set both")
-        return self
+from sltscale.language_settings import AnyLanguageModelSettings, LanguageModelSettings
+from sltscale.settings import ActivationSettings, Length, Positive, Settings, Share
 
 
 class ResNetSettings(ActivationSettings):
@@ -281,39 +257,18 @@ class C2RLSettings(TokenContrastSettings):
         ]
 
 
-class LanguageModelSettings(ActivationSettings):
-    """An mBART-architecture encoder-decoder. pretrained: folder or hub name whose weights and sizes it takes.
-
-    init_std: deviation of random weights. mBART's 0.02 is meant for a width of 1024; narrow models learn sooner with
-    about 1 / sqrt(width).
-    """
-
-    pretrained: str | None = None
-    width: Positive = 1024
-    encoder_layers: Positive = 12
-    decoder_layers: Positive = 12
-    heads: Positive = 16
-    feed_forward: Positive = 4096
-    dropout: Share = 0.3
-    attention_dropout: Share = 0.1
-    activation: Literal["relu", "gelu"] = "gelu"
-    max_positions: Positive = 1024
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-
-    def lengths(self, key: str, visual: int, tokens: int, generated: int) -> list[Length]:
-        """Of visual tokens, whose number comes from the setting ``key``, and sentences; none if its own sizes are the
-        checkpoint's."""
-        wanted = ((key, visual), ("evaluation.max_new_tokens + 1", generated), ("text.max_tokens", tokens))
-        fitting = [(name, length, "language_model", self.max_positions) for name, length in wanted]
-        return fitting if self.pretrained is None else []
-
-
 class TranslationSettings(Settings):
-    """Visual encoder, linear projection, mBART-architecture encoder-decoder, trained end to end."""
+    """Visual encoder, linear projection, language model, trained end to end.
+
+    lora: the language model is frozen but for adapters in its linear layers that are called one of lora_modules (none:
+    queries, keys, values and outputs of attention, by the model's own names for them).
+    """
 
     name: Literal["translation"]
     visual: VisualSettings = VisualSettings()
-    language_model: LanguageModelSettings = LanguageModelSettings()
+    language_model: AnyLanguageModelSettings = LanguageModelSettings()
+    lora: LoraSettings | None = None
+    lora_modules: tuple[str, ...] = ()
     label_smoothing: Share = 0.2
 
     def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
@@ -334,6 +289,29 @@ class RetrievalSettings(TokenContrastSettings):
         if self.encoder.pretrained is not None:
             return [visual]
         return [visual, *((key, length, "encoder", self.encoder.max_positions) for key, length in read)]
+
+
+class FeatureSettings(Settings):
+    """Trains nothing: writes the visual tokens of every clip, as evaluation sees it, as shards (C2RL section IV-B).
+
+    visual: the encoder, whose weights come from ``start``. folder: where they go, for ``data.features`` of other
+    recipes. dtype: as which they are stored. clips_per_shard: of which one rank writes all, at once or not at all.
+    """
+
+    name: Literal["features"]
+    visual: VisualSettings = VisualSettings()
+    folder: str
+    dtype: Literal["float32", "float16"] = "float32"
+    clips_per_shard: Positive = 250
+
+    @model_validator(mode="after")
+    def _written_here(self) -> FeatureSettings:
+        if "://" in self.folder:
+            raise ValueError(f"features cannot be written to {self.folder}; give a folder, and copy it there")
+        return self
+
+    def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
+        return [("data.max_frames", frames, "visual.transformer", self.visual.transformer.max_positions)]
 
 
 class HFAPretrainingSettings(Settings):
@@ -400,6 +378,7 @@ MethodSettings = Annotated[
     | GFSLTVLPSettings
     | GFSLTSettings
     | RetrievalSettings
+    | FeatureSettings
     | HFAPretrainingSettings
     | HFATranslationSettings,
     Field(discriminator="name"),

@@ -27,9 +27,11 @@ NARROW = {
 
 def tiny_recipe(recipe: Recipe, ranks: int, drawn_shards: Path | None) -> Recipe:
     """The recipe with the same parts, rules and depth at small widths, without published weights, for STEPS steps of a
-    few short clips. drawn_shards: where synthetic ones are, in place of the recipe's own."""
+    few short clips, of video also where the recipe reads features. drawn_shards: where synthetic ones are, in place of
+    the recipe's own."""
     tree = recipe.model_dump()
     data = tree["data"] | {
+        "features": None,
         "max_frames": min(FRAMES, recipe.data.max_frames),
         "crop_size": min(CROP, recipe.data.crop_size),
         "global_batch": CLIPS_PER_RANK * ranks,

@@ -1,7 +1,8 @@
 """How a recipe file becomes a configuration tree.
 
-A recipe (``sltscale/recipes/*.toml`` or any TOML file) is one complete named run, with at most one ``base``. The
-command line tunes single values (``--optim.lr 1e-4``). Unknown keys are refused with the nearest valid names.
+A recipe (``sltscale/recipes/*.toml`` or any TOML file) is one complete named run, with at most one ``base``; only one
+that is nothing but another name for its base may have a base with a base. The command line tunes single values
+(``--optim.lr 1e-4``). Unknown keys are refused with the nearest valid names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from sltscale.config import Recipe, Settings
 from sltscale.errors import InputError
+from sltscale.language_settings import DEFAULT_ARCHITECTURE
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -35,9 +37,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read_toml(path)
     base = tree.pop("base", None)
     if base is not None:
-        if not isinstance(base, str):
-            raise InputError(f"recipe {name_or_path}: base: expected a recipe name or TOML file, found {base!r}")
-        base_tree = _read_toml(_recipe_path(str(path.parent / base) if base.endswith(".toml") else base))
+        base_path = _base_path(base, path, name_or_path)
+        base_tree = _read_toml(base_path)
+        if tree.keys() == {"name"} and "base" in base_tree:
+            base_tree = _merge(_read_toml(_base_path(base_tree.pop("base"), base_path, name_or_path)), base_tree)
         if "base" in base_tree:
             raise InputError(
                 f"recipe {name_or_path}: its base {base} has a base itself; a recipe may have one base only"
@@ -68,6 +71,17 @@ def recipe_chain(name_or_path: str, overrides: Sequence[str], run: Path | None) 
             return chain
         recipe = load_recipe(recipe.start.recipe)
         path = path.parent / recipe.name
+
+
+def check_ranks(chain: Sequence[tuple[Recipe, Path]], ranks: int) -> None:
+    """InputError if there are more ranks than clips in a global batch. What else may be too few shows in the plan."""
+    for recipe, _ in chain:
+        most = recipe.data.global_batch
+        if most is not None and ranks > most:
+            raise InputError(
+                f"{ranks} ranks, but recipe {recipe.name} has global batches of {most} clips, and every rank needs at "
+                f"least one; start at most {most} ranks or raise data.global_batch"
+            )
 
 
 def recipe_from_json(text: str, where: str) -> Recipe:
@@ -102,6 +116,13 @@ def _recipe_path(name_or_path: str) -> Path:
     if not path.is_file() or path.parent != RECIPES:
         raise InputError(f"unknown recipe {name_or_path!r}; {nearest(name_or_path, recipe_names())}")
     return path
+
+
+def _base_path(base: Any, path: Path, name: str) -> Path:
+    """Of the base of the recipe in ``path``."""
+    if not isinstance(base, str):
+        raise InputError(f"recipe {name}: base: expected a recipe name or TOML file, found {base!r}")
+    return _recipe_path(str(path.parent / base) if base.endswith(".toml") else base)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -151,8 +172,14 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         mergeable = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # Another architecture has other settings: of the base's nothing fits.
+        mergeable = mergeable and value.get("architecture") in (None, _architecture(merged[key]))
         merged[key] = _merge(merged[key], value) if mergeable else value
     return merged
+
+
+def _architecture(table: dict[str, Any]) -> Any:
+    return table.get("architecture", DEFAULT_ARCHITECTURE)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -197,7 +224,7 @@ def _without_tags(path: list[str], tree: Any) -> list[str]:
     """pydantic names the variant of a tagged union inside the path; the recipe's author has not written it there."""
     kept: list[str] = []
     for part in path:
-        if kept and isinstance(tree, dict) and part not in tree and tree.get("name") == part:
+        if kept and isinstance(tree, dict) and part not in tree and part in (tree.get("name"), _architecture(tree)):
             continue
         kept.append(part)
         tree = tree.get(part) if isinstance(tree, dict) else None
@@ -225,6 +252,6 @@ def _settings_in(annotation: Any) -> list[type[Settings]]:
 
 
 def _tag(model: type[Settings]) -> str | None:
-    field = model.model_fields.get("name")
+    field = model.model_fields.get("name") or model.model_fields.get("architecture")
     choices = get_args(field.annotation) if field else ()
     return choices[0] if choices else None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from sltscale import parallel
-from sltscale.config import Recipe
+from sltscale.config import FeatureSettings, Recipe
 from sltscale.data.batches.augment import frames_after_sampling
 from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Plan
@@ -66,6 +66,9 @@ def rehearse(
         before: Path | None = None
         for number, stage in enumerate(stages):
             _check_start(stage)
+            if isinstance(stage.recipe.method, FeatureSettings):
+                _say(f"{stage.recipe.name}: trains nothing, its features are not written; what comes next reads video")
+                continue
             place = temporary / str(number)
             before = _rehearse_stage(stage, place, before, deepspeed_json, device, watchdog, ranks)
         watchdog.rest()
@@ -101,8 +104,7 @@ def _rehearse_stage(
     tokenizer = _tokenizer(tiny, train)
     rehearsed = dataclasses.replace(stage, recipe=tiny, folder=RunFolder(place / "run"), starts_from=None)
     lexicon = lexicon_of(rehearsed, train)
-    vocabulary = Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id, 0 if lexicon is None else len(lexicon))
-    real = check_rules(recipe, vocabulary)
+    real = check_rules(recipe, export.vocabulary(tokenizer, lexicon))
 
     def engine_of(settings: Recipe) -> Any:
         method = export.build(settings, tokenizer, lexicon)
@@ -210,7 +212,7 @@ def check_rules(recipe: Recipe, vocabulary: Vocabulary) -> int:
     together, or an optimizer rule names nothing."""
     settings = without_published_weights(recipe)
     with torch.device("meta"):
-        method = build_method(settings.method, vocabulary)
+        method = build_method(settings.method, vocabulary, stored_tokens=recipe.data.features is not None)
     parameter_groups(method, settings.optim)
     return sum(parameter.numel() for parameter in method.parameters())
 
@@ -218,7 +220,7 @@ def check_rules(recipe: Recipe, vocabulary: Vocabulary) -> int:
 def check_coverage(recipe: Recipe, train: Selection, ranks: int) -> str:
     """Deals the first epoch of the recipe's plan to so many ranks; a line about it. InputError if a rank would get
     nothing in some step, or a clip does not come as often as it should."""
-    plan = _plan(recipe, train)
+    plan = _plan(recipe.on_video(), train)
     plan.check_world_size(ranks, recipe.train.epochs)
     times = np.zeros(len(plan.lengths), dtype=np.int64)
     frames = []
@@ -254,10 +256,11 @@ def _plan(recipe: Recipe, train: Selection) -> Plan:
 
 def _tokenizer(tiny: Recipe, train: Selection) -> TextTokenizer:
     if tiny.text.tokenizer != "corpus":
-        return load_tokenizer(tiny.text.tokenizer, max_tokens=tiny.text.max_tokens)
+        return load_tokenizer(tiny.text.tokenizer, tiny.text.max_tokens, tiny.prompts)
     sample = np.unique(np.linspace(0, len(train) - 1, min(SENTENCES, len(train)), dtype=np.int64)).tolist()
     texts = [train.text(clip) for clip in sample]
-    return build_corpus_tokenizer(texts, train.languages(), tiny.text.vocabulary, max_tokens=tiny.text.max_tokens)
+    text = tiny.text
+    return build_corpus_tokenizer(texts, train.languages(), text.vocabulary, text.max_tokens, tiny.prompts)
 
 
 def _has_shards(recipe: Recipe) -> bool:

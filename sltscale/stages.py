@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -29,7 +30,7 @@ from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.deepspeed_json import read_deepspeed_json
-from sltscale.engine.finished import default_device
+from sltscale.engine.finished import default_device, whole_weights
 from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest
@@ -39,9 +40,11 @@ from sltscale.errors import InputError
 from sltscale.evaluation import retrieval, translation
 from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
+from sltscale.extraction import encoder_of_features, extract
 from sltscale.files import write_atomically
 from sltscale.methods import export
-from sltscale.models.local_temporal import attention_backend
+from sltscale.methods.attention import check_attention, set_attention
+from sltscale.methods.encoder import save_encoder
 from sltscale.recipe_files import nearest, recipe_chain
 
 Scores = dict[str, Any]
@@ -79,6 +82,15 @@ def check_stages(stages: list[Stage]) -> None:
     for stage in stages:
         _check_best(stage.recipe)
         stage.folder.check(stage.recipe)
+        if isinstance(stage.recipe.method, config.FeatureSettings) and stage.starts_from is None:
+            raise InputError(f"recipe {stage.recipe.name}: method features takes its encoder from a run; set start")
+    for before, stage in itertools.pairwise(stages):
+        read, made = stage.recipe.data.features, before.recipe.method
+        if isinstance(made, config.FeatureSettings) and read != made.folder:
+            raise InputError(
+                f"recipe {stage.recipe.name} has data.features {read}, but {before.recipe.name}, which it starts from, "
+                f"writes {made.folder}; set it to that, or start from the recipe that trains the encoder"
+            )
 
 
 def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: Watchdog, began: float) -> None:
@@ -95,7 +107,7 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
                 "tune data of the first one too, or give this one its own data.shards"
             )
     for stage in stages:
-        _attention(stage.recipe, default_device(), deepspeed_json)
+        check_attention(stage.recipe, default_device(), _weights_dtype(deepspeed_json))
     for stage in stages:
         ensure_synthetic_shards(stage.recipe.data)
     # Before the watchdog, which does not know who is missing.
@@ -124,16 +136,9 @@ def _check_best(recipe: config.Recipe) -> None:
         raise InputError(f"recipe {recipe.name}: train.keep_best.score {best.score!r}; {nearest(best.score, names)}")
 
 
-def _attention(recipe: config.Recipe, device: torch.device, deepspeed_json: dict[str, Any]) -> str | None:
-    """The backend of attention on packed sequences, where the method has any; InputError if it cannot be had."""
-    visual = getattr(recipe.method, "visual", None)
-    if not isinstance(visual, config.HFAVisualSettings):
-        return None
-    dtype = torch.bfloat16 if deepspeed_json.get("bf16", {}).get("enabled") else torch.float32
-    try:
-        return attention_backend(visual.temporal, device, dtype)
-    except InputError as error:
-        raise InputError(f"recipe {recipe.name}: method.visual.temporal.attention: {error}") from None
+def _weights_dtype(deepspeed_json: dict[str, Any]) -> torch.dtype:
+    """What the weights are in while they train."""
+    return torch.bfloat16 if deepspeed_json.get("bf16", {}).get("enabled") else torch.float32
 
 
 def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> list[Stage]:
@@ -158,6 +163,10 @@ def train_stage(
     recipe, folder = stage.recipe, stage.folder
     watchdog.seconds = recipe.train.watchdog_seconds
     watchdog.watch(f"the preparation of {recipe.name}")
+    if isinstance(recipe.method, config.FeatureSettings):
+        assert stage.starts_from is not None
+        extract(recipe, recipe.method, folder, stage.starts_from, deepspeed_json, device, watchdog, began)
+        return {}
     status = parallel.on_rank_zero(folder.status)
     if status["state"] == "finished":
         if parallel.rank() == 0:
@@ -177,9 +186,13 @@ def train_stage(
     total_steps = plan.steps(recipe.train.epochs)
     latest, complaints = _latest(stage, plan)
     lexicon = lexicon_of(stage, splits["train"])
+    encoder = None
+    if recipe.data.features is not None and stage.starts_from is not None:
+        encoder = encoder_of_features(recipe, stage.starts_from, splits)
     method = export.build(recipe, tokenizer, lexicon)
     if stage.starts_from is not None and recipe.start is not None:
         export.transfer(method, stage.starts_from, recipe.start.parts, recipe.start.fresh)
+    attention = set_attention(recipe, method, device, _weights_dtype(deepspeed_json))
     engine = build_engine(
         method.to(device), recipe.optim, deepspeed_json, micro_batches=recipe.data.micro_frames is not None
     )
@@ -191,6 +204,8 @@ def train_stage(
     parallel.on_rank_zero(lambda: tokenizer.save(folder.tokenizer))
     if lexicon is not None:
         parallel.on_rank_zero(lambda: lexicon.save(folder.lexicon))
+    if encoder is not None:
+        parallel.on_rank_zero(lambda: save_encoder(folder.encoder, encoder))
     # Checkpoints are verified before weights are built, and the folder is locked after that.
     if parallel.on_rank_zero(lambda: _something_came_between(folder, latest, complaints)):
         latest, complaints = _latest(stage, plan)
@@ -202,9 +217,8 @@ def train_stage(
     for complaint in complaints:
         telemetry.say(f"warning: {complaint}; going on from an earlier one")
     _introduce(stage, telemetry, method, plan, first_step, deepspeed_json)
-    attention = _attention(recipe, device, deepspeed_json)
-    if attention is not None:
-        telemetry.say(f"{recipe.name}: attention on packed sequences by {attention}")
+    for line in attention:
+        telemetry.say(f"{recipe.name}: {line}")
     _count_truncated(telemetry, tokenizer, splits["train"])
     if damaged:
         telemetry.say(f"warning: {len(damaged)} damaged clips are left out, see {folder.path / 'bad_clips.jsonl'}")
@@ -286,8 +300,9 @@ def _export_and_score(
     final = parallel.on_rank_zero(lambda: _selected(stage, step))
     if final.step != step:
         telemetry.say(f"{stage.recipe.name}: the best is the checkpoint of step {final.step}, which the run ends in")
+    whole = stage.recipe.on_video()
     parallel.on_rank_zero(
-        lambda: export.save_export(stage.folder.export, stage.recipe, checkpoint.assemble(final), tokenizer, lexicon)
+        lambda: export.save_export(stage.folder.export, whole, whole_weights(stage.folder, final), tokenizer, lexicon)
     )
     out = stage.folder.path / "evaluation" / "test"
     scores = _score(stage, tokenizer, lexicon, final, test, out, device)
@@ -346,12 +361,12 @@ def _training_plan(recipe: config.Recipe, train: Selection) -> Plan:
 
 def _tokenizer(stage: Stage, train: Selection) -> TextTokenizer:
     """The one the run began with, or the recipe's."""
-    text = stage.recipe.text
+    text, prompts = stage.recipe.text, stage.recipe.prompts
     if stage.folder.tokenizer.is_dir():
-        return load_tokenizer(stage.folder.tokenizer, max_tokens=text.max_tokens)
+        return load_tokenizer(stage.folder.tokenizer, text.max_tokens, prompts)
     if text.tokenizer != "corpus":
-        return load_tokenizer(text.tokenizer, max_tokens=text.max_tokens)
-    return build_corpus_tokenizer(train.texts(), train.languages(), text.vocabulary, max_tokens=text.max_tokens)
+        return load_tokenizer(text.tokenizer, text.max_tokens, prompts)
+    return build_corpus_tokenizer(train.texts(), train.languages(), text.vocabulary, text.max_tokens, prompts)
 
 
 def lexicon_of(stage: Stage, train: Selection) -> Lexicon | None:

@@ -91,7 +91,8 @@ class VideoBatch:
 
     frames: Ragged uint8 [N, 3 H / 2, W], as clips are stored (YUV 4:2:0, ITU-R BT.601, limited range): H rows of Y,
     then U and V at half the height and width, one behind the other. They become RGB on the device, in the frame
-    encoder. retries: reads that had to be tried again for it.
+    encoder. Or, in their place, stored visual tokens: Ragged float [N, width]. retries: reads that had to be tried
+    again for it.
     """
 
     ids: list[str]
@@ -122,12 +123,23 @@ class VideoBatch:
 class TextBatch:
     """Tokenised sentences: input_ids int64 [B, L], attention_mask int64 [B, L] (1 = token, 0 = padding).
 
-    masked: the same sentences with words masked, for a method that reads those too.
+    Each is tokens, </s>, language id. The language id is a token of the vocabulary (mBART's language code) or, where a
+    model is told the language otherwise, a number above all its ids. masked: the same sentences with words masked, for
+    a method that reads those too.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     masked: TextBatch | None = None
+
+    def language_ids(self) -> Tensor:
+        """[B]."""
+        return self.input_ids.gather(1, self.attention_mask.sum(1, keepdim=True) - 1)[:, 0]
+
+    def without_language(self, pad_id: int) -> tuple[Tensor, Tensor]:
+        """(ids [B, L-1] of tokens and </s>, attention mask [B, L-1])."""
+        mask = self.attention_mask[:, 1:]
+        return self.input_ids[:, :-1].masked_fill(mask == 0, pad_id), mask
 
     def to(self, device: torch.device | str) -> TextBatch:
         return TextBatch(

@@ -30,13 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # as SIGINT: a job may be told to end while it is starting
         signal.signal(number, signal.default_int_handler)
     try:
-        launching.here()
+        place = launching.here()
         # What can be known of recipe and settings before the imports below, which take seconds.
         from sltscale.engine.deepspeed_json import read_deepspeed_json
-        from sltscale.recipe_files import recipe_chain
+        from sltscale.recipe_files import check_ranks, recipe_chain
 
         read_deepspeed_json(options.deepspeed)
-        recipe_chain(options.recipe, overrides, options.run)
+        chain = recipe_chain(options.recipe, overrides, options.run)
+        if not options.dry_run:
+            check_ranks(chain, place.world_size)
     except InputError as error:
         _report(str(error))
         return 2

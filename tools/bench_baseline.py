@@ -19,8 +19,9 @@ from sltscale.errors import InputError
 from sltscale.methods.base import Method
 from sltscale.methods.gfslt import GFSLT
 from sltscale.methods.gfslt_vlp import GFSLTVLP
+from sltscale.models.decoding import beam_search
 from sltscale.models.frames import yuv_to_rgb
-from sltscale.models.language import beam_search, teacher_forcing
+from sltscale.models.mbart import teacher_forcing
 from sltscale.models.packed_temporal import PAD_VALUE, edge_copies
 from sltscale.structures import Ragged, TextBatch
 
@@ -60,7 +61,7 @@ class Baseline:
         method = self.method
         tokens, mask = self._tokens(images, lengths)
         if isinstance(method, GFSLT):
-            decoder_ids, labels = teacher_forcing(text, method.vocabulary)
+            decoder_ids, labels = teacher_forcing(text, method.coupling.vocabulary)
             logits = method.language_model(
                 inputs_embeds=tokens, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
             ).logits
@@ -95,8 +96,10 @@ class Baseline:
         self, images: Tensor, lengths: list[int], language_ids: Tensor, beams: int, max_new_tokens: int
     ) -> list[list[int]]:
         tokens, mask = self._tokens(images, lengths)
+        method = cast(Any, self.method)
         return beam_search(
-            self.method.language_model,
+            method.language_model,
+            method.coupling,
             tokens,
             mask,
             language_ids,

@@ -22,6 +22,7 @@ from fractions import Fraction
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -30,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sltscale.config import DataSettings
+from sltscale.config import Augment, DataSettings
 from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Plan
 from sltscale.data.batches.selection import Selection
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--augment", choices=get_args(Augment), default="light", help="of the stream")
     arguments = parser.parse_args()
     if arguments.clips < 2 * BATCH * arguments.workers:
         parser.error(
@@ -70,7 +72,7 @@ def main() -> None:
         with context.Pool(arguments.workers) as pool:
             readers: dict[str, Callable[[], float]] = {
                 "decoder": lambda: _time_decoder(pool, index, arguments.workers),
-                "stream": lambda: _time_stream(index, arguments.workers),
+                "stream": lambda: _time_stream(index, arguments.workers, arguments.augment),
                 "png": lambda: _time_png(Path(folder) / "png", arguments.workers),
             }
             rates: dict[str, list[float]] = {name: [] for name in readers}
@@ -157,9 +159,14 @@ def _decode(clips: list[bytes]) -> int:
     return frames
 
 
-def _time_stream(index: Index, workers: int) -> float:
+def _time_stream(index: Index, workers: int, augment: Augment) -> float:
     settings = DataSettings(
-        shards=str(index.folder), frame_size=FRAME_SIZE, crop_size=CROP_SIZE, global_batch=BATCH, workers=workers
+        shards=str(index.folder),
+        frame_size=FRAME_SIZE,
+        crop_size=CROP_SIZE,
+        global_batch=BATCH,
+        workers=workers,
+        augment=augment,
     )
     plan = Plan(index.frames, 0, BatchRule.of(settings))
     batches = stream(

@@ -37,6 +37,7 @@ from sltscale.engine.signals import StopRequest
 from sltscale.engine.telemetry import Telemetry
 from sltscale.engine.watchdog import Watchdog
 from sltscale.errors import InputError
+from sltscale.methods.attention import set_attention
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.models.frames import FrameEncoder
 from sltscale.models.translator import Translator
@@ -137,6 +138,7 @@ def _train(work: Work, method: Method, clips: Selection, tokenizer: TextTokenize
     ledger = Ledger(partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None)
     ledger.watch(FiniteSteps, "_drop_bad_gradients", "norm, clipping")  # before it is handed on as a hook
     micro_batches = recipe.data.micro_frames is not None
+    set_attention(recipe, method, device, DTYPES[work.precision])
     engine = build_engine(method.to(device), recipe.optim, settings, micro_batches=micro_batches)
     _watch_training(ledger, engine, method)
     plan = Plan(clips.frames, recipe.seed, BatchRule.of(recipe.data), micro_frames=recipe.data.micro_frames)

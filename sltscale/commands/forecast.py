@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sltscale.commands.arguments import Commands, positive
-from sltscale.config import Recipe
+from sltscale.config import FeatureSettings, Recipe
 from sltscale.errors import InputError
 from sltscale.recipe_files import load_recipe
 
@@ -60,6 +60,8 @@ def forecast(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from sltscale.forecast.states import EngineSetting
     from sltscale.forecast.workload import run_length
 
+    if isinstance(recipe.method, FeatureSettings):
+        raise InputError(f"recipe {recipe.name} trains nothing; forecast the recipe that it starts from")
     engine = EngineSetting(stage=2)
     if options.deepspeed is not None:
         from sltscale.engine.deepspeed_json import read_deepspeed_json

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sltscale.commands.arguments import Commands, positive
-from sltscale.config import Recipe
 from sltscale.errors import InputError
-from sltscale.recipe_files import recipe_chain
+from sltscale.recipe_files import check_ranks, recipe_chain
 from sltscale.submission import CHECKOUT, Job, Script, check, has_cluster, read_site, render, submit
 
 
@@ -54,7 +53,7 @@ def submit_job(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     named = str(Path(options.recipe).absolute()) if options.recipe.endswith(".toml") else options.recipe
     chain = recipe_chain(named, overrides, options.run.absolute() if options.run else None)
     recipe, run = chain[-1]
-    _check_ranks(_ranks(options), chain)
+    check_ranks(chain, _ranks(options))
     engine = ("--deepspeed", str(options.deepspeed.absolute()))
     script = _script(options, "train", recipe.name, ("--recipe", named, "--run", str(run), *engine, *overrides))
     if not options.dry_run:
@@ -69,7 +68,7 @@ def _submit_sweep(options: argparse.Namespace, overrides: Sequence[str]) -> None
     folder = options.run or CHECKOUT / "sweeps" / options.array.stem
     sweep = plan(folder, options.deepspeed, read_grid(options.array, options.recipe, overrides))
     for cell in sweep.cells:
-        _check_ranks(_ranks(options), [(recipe, run.path) for recipe, run in sweep.run(cell).stages])
+        check_ranks([(recipe, run.path) for recipe, run in sweep.run(cell).stages], _ranks(options))
     numbers = sweep.unfinished()
     if not numbers:
         print(f"nothing to submit: the {len(sweep.cells)} cells of {folder} are finished or being trained")
@@ -107,14 +106,3 @@ def _script(
         print(rendered, end="")
         print(check(rendered) if has_cluster() else "not checked: no SLURM controller here", file=sys.stderr)
     return rendered
-
-
-def _check_ranks(ranks: int, chain: list[tuple[Recipe, Path]]) -> None:
-    """Training says the same, but only after the job has waited for its turn."""
-    for recipe, _ in chain:
-        most = recipe.data.global_batch
-        if most is not None and ranks > most:
-            raise InputError(
-                f"{ranks} ranks, but recipe {recipe.name} has global batches of {most} clips, and every rank needs at "
-                f"least one; start at most {most} ranks or raise data.global_batch"
-            )

@@ -44,9 +44,9 @@ def translate(options: argparse.Namespace, _: Sequence[str]) -> int:
     if not isinstance(model.method, Translator):
         raise InputError(f"{options.run} is a {model.recipe.method.name} run; sltscale translate needs translation")
     known = model.tokenizer.languages
-    if options.language is None and len(known) != 1:
+    if options.language is None and len(known) > 1:
         raise InputError(f"the run knows {', '.join(known)}; choose one with --language")
-    language = options.language or known[0]
+    language = options.language or "".join(known)
     recipe = model.recipe
     if options.beams is not None:
         evaluation = recipe.evaluation.model_copy(update={"beams": options.beams})

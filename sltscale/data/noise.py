@@ -23,6 +23,11 @@ def sentence_generator(seed: int, step: int, clip: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(step, *digest))))
 
 
+def sampling_seeds(seed: int, clip: str, n: int) -> list[int]:
+    """Of the n sentences that are drawn for the clip with that id."""
+    return [int(sentence_generator(seed, number, clip).integers(2**63)) for number in range(n)]
+
+
 def mask_words(
     text: str,
     language: str,

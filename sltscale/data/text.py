@@ -1,4 +1,4 @@
-"""Sentences to token ids and back, in mBART's target layout: tokens, </s>, language code, padding on the right.
+"""Sentences to token ids and back: tokens, </s>, language id, padding on the right, which is mBART's target layout.
 
 Letters: B sentences, L tokens of the longest. Ids of a tokenizer built here follow mBART's order (Liu et al. 2020):
 <s>=0 <pad>=1 </s>=2 <unk>=3, pieces, language codes, <mask>.
@@ -7,7 +7,7 @@ Letters: B sentences, L tokens of the longest. Ids of a tokenizer built here fol
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,26 @@ MBART_CODES = {
 }
 FIRST = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 LAST = {"mask_token": "<mask>"}
-SHORTEST = 3  # one token, </s>, language code
+SHORTEST = 3  # one token, </s>, language id
 
 
 class TextTokenizer:
-    """A transformers tokenizer in mBART's target layout.
+    """A transformers tokenizer, and the languages that a model is told by it.
 
-    max_tokens: longest encoded sentence, </s> and language code included.
-    Raises InputError if the tokenizer has no padding or end token, or max_tokens leaves no room for text.
+    max_tokens: longest encoded sentence, </s> and language id included. prompts: how the model is told the language;
+    none: by the tokenizer's code for it (mBART); texts by BCP-47 primary subtag: by that in front of the sentence, and
+    other languages are not known; empty: not at all, and any will do. With prompts a language id is no token, but a
+    number from ``size`` on; and a tokenizer without padding pads with </s>, which the mask keeps apart from a
+    sentence's own.
+
+    Raises InputError if the tokenizer has no end token, or with codes no padding token, or max_tokens leaves no room
+    for text.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerBase, max_tokens: int = 128) -> None:
-        if backend.pad_token_id is None or backend.eos_token_id is None:
+    def __init__(
+        self, backend: PreTrainedTokenizerBase, max_tokens: int = 128, prompts: Mapping[str, str] | None = None
+    ) -> None:
+        if backend.eos_token_id is None or (prompts is None and backend.pad_token_id is None):
             raise InputError("the tokenizer has no padding or no end-of-sentence token; expected one of mBART's kind")
         if max_tokens < SHORTEST:
             raise InputError(
@@ -71,17 +79,16 @@ class TextTokenizer:
         self.backend = backend
         self.max_tokens = max_tokens
         vocabulary = backend.get_vocab()
-        self._languages = {language: vocabulary[code] for language, code in MBART_CODES.items() if code in vocabulary}
-        self._special = {*backend.all_special_ids, *self._languages.values()}
-
-    @property
-    def size(self) -> int:
-        """Rows that an embedding needs: highest id + 1."""
-        return len(self.backend)
+        self.size = max(vocabulary.values()) + 1  # rows that an embedding needs
+        codes = {language: vocabulary[code] for language, code in MBART_CODES.items() if code in vocabulary}
+        self._told = prompts
+        self._languages = codes if prompts is None else {name: self.size + i for i, name in enumerate(sorted(prompts))}
+        self._special = {*backend.all_special_ids, *codes.values()}
 
     @property
     def pad_id(self) -> int:
-        return int(self.backend.pad_token_id)
+        pad = self.backend.pad_token_id
+        return self.eos_id if pad is None else int(pad)
 
     @property
     def eos_id(self) -> int:
@@ -89,19 +96,32 @@ class TextTokenizer:
 
     @property
     def languages(self) -> list[str]:
-        """BCP-47 codes of the languages it has a code for."""
+        """BCP-47 codes of the languages it has a code or prompt for; empty where it does not matter."""
         return sorted(self._languages)
 
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the prompts, in the order of ``languages``; the first belongs to the language id ``size``."""
+        told = [(self._told or {})[language] for language in self.languages] if self._told else []
+        return tuple(tuple(self.backend.encode(prompt, add_special_tokens=False)) for prompt in told)
+
     def language_id(self, language: str) -> int:
-        """Id of the code of a BCP-47 language ("de", "en-US"); InputError names the known ones for any other."""
+        """Id of a BCP-47 language ("de", "en-US"); InputError names the known ones for any other."""
+        if self._told is not None and not self._told:
+            return self.size
         try:
             return self._languages[_primary(language)]
         except KeyError:
             known = ", ".join(sorted(self._languages)) or "none"
+            if self._told is not None:
+                raise InputError(
+                    f"there is no prompt for language {language!r}, only for: {known}; give one as "
+                    f"method.language_model.prompts"
+                ) from None
             raise InputError(f"the tokenizer has no code for language {language!r}; it knows: {known}") from None
 
     def encode(self, texts: Sequence[str], languages: Sequence[str]) -> TextBatch:
-        """Ids [B, L] of the texts; longer ones lose tokens at the end, never </s> and the language code."""
+        """Ids [B, L] of the texts; longer ones lose tokens at the end, never </s> and the language id."""
         if len(texts) != len(languages):
             raise ValueError(f"{len(texts)} texts but {len(languages)} languages")
         rows = []
@@ -131,7 +151,11 @@ class TextTokenizer:
 
 
 def build_corpus_tokenizer(
-    sentences: Iterable[str], languages: Iterable[str], vocabulary: int, max_tokens: int = 128
+    sentences: Iterable[str],
+    languages: Iterable[str],
+    vocabulary: int,
+    max_tokens: int = 128,
+    prompts: Mapping[str, str] | None = None,
 ) -> TextTokenizer:
     """A unigram model of at most ``vocabulary`` pieces learnt from the training sentences.
 
@@ -186,11 +210,13 @@ def build_corpus_tokenizer(
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens([*FIRST.values(), *codes, *LAST.values()])
     backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=codes, **FIRST, **LAST)
-    return TextTokenizer(backend, max_tokens)
+    return TextTokenizer(backend, max_tokens, prompts)
 
 
-def load_tokenizer(folder_or_name: Path | str, max_tokens: int = 128) -> TextTokenizer:
-    """A saved tokenizer, or one of the hub's by name; never runs code that comes with it.
+def load_tokenizer(
+    folder_or_name: Path | str, max_tokens: int = 128, prompts: Mapping[str, str] | None = None
+) -> TextTokenizer:
+    """A saved tokenizer, or one of the hub's by name; never runs code that comes with it. prompts: see TextTokenizer.
 
     Raises InputError if it is neither in that folder nor on the hub or in its local cache.
     """
@@ -204,7 +230,7 @@ def load_tokenizer(folder_or_name: Path | str, max_tokens: int = 128) -> TextTok
             f"tokenizer {str(folder_or_name)!r} cannot be loaded ({reason}); expected a folder with tokenizer.json "
             "or a name on the Hugging Face hub (offline: one that was downloaded before)"
         ) from None
-    return TextTokenizer(backend, max_tokens)
+    return TextTokenizer(backend, max_tokens, prompts)
 
 
 def published_file(folder_or_name: Path | str, name: str) -> Path | None:

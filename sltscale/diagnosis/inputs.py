@@ -33,7 +33,7 @@ def hub_files(recipe: Recipe) -> Iterator[Finding]:
     if recipe.text.tokenizer != "corpus":
         wanted.append(("text.tokenizer", recipe.text.tokenizer, TOKENIZER_FILES))
     for key, name, files in wanted:
-        yield _files(key, name, files)
+        yield _files(key, name, files, recipe)
     if not wanted:
         yield Finding("hub files", "ok", "the recipe names none")
 
@@ -60,7 +60,7 @@ def _pretrained(settings: Settings) -> Iterator[tuple[str, str]]:
             yield field, value
 
 
-def _files(key: str, name: str, files: Files) -> Finding:
+def _files(key: str, name: str, files: Files, recipe: Recipe) -> Finding:
     folder = Path(name)
     if folder.is_dir():
         absent = [" or ".join(one) for one in files if not any((folder / file).is_file() for file in one)]
@@ -75,7 +75,7 @@ def _files(key: str, name: str, files: Files) -> Finding:
         if absent:
             return _not_cached(key, name, absent, [one[0] for one in files])
     if files is TOKENIZER_FILES:
-        load_tokenizer(name)
+        load_tokenizer(name, recipe.text.max_tokens, recipe.prompts)
     return Finding(key, "ok", f"{name}: {'in its folder' if folder.is_dir() else 'in the cache of this host'}")
 
 

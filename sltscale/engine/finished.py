@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sltscale.config import Recipe
 from sltscale.data.lexicon import load_lexicon
@@ -13,6 +14,7 @@ from sltscale.engine import checkpoint, manifest
 from sltscale.engine.run_folder import RunFolder
 from sltscale.errors import InputError
 from sltscale.methods import export
+from sltscale.methods.encoder import read_encoder
 
 
 def default_device() -> torch.device:
@@ -43,10 +45,17 @@ def export_checkpoint(path: Path, step: int | None, out: Path) -> checkpoint.Che
         raise InputError(
             f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there: {there or '-'}"
         )
-    tokenizer = load_tokenizer(str(folder.tokenizer), max_tokens=recipe.text.max_tokens)
+    tokenizer = load_tokenizer(str(folder.tokenizer), recipe.text.max_tokens, recipe.prompts)
     lexicon = load_lexicon(folder.lexicon) if folder.lexicon.is_dir() else None
-    export.save_export(out, recipe, checkpoint.assemble(chosen), tokenizer, lexicon)
+    export.save_export(out, recipe.on_video(), whole_weights(folder, chosen), tokenizer, lexicon)
     return chosen
+
+
+def whole_weights(folder: RunFolder, committed: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint, with those of the visual encoder where the run reads its tokens from files: what
+    ``Recipe.on_video`` asks for."""
+    encoder = read_encoder(folder.encoder) if folder.encoder.is_file() else {}
+    return {**checkpoint.assemble(committed), **encoder}
 
 
 def load_run(path: Path, device: torch.device) -> export.Exported:
@@ -62,8 +71,9 @@ def load_run(path: Path, device: torch.device) -> export.Exported:
     if latest is None:
         why = f" ({complaints[0]})" if complaints else ""
         raise InputError(f"{path} holds no checkpoint{why}; train the run first")
-    tokenizer = load_tokenizer(str(folder.tokenizer), max_tokens=recipe.text.max_tokens)
+    tokenizer = load_tokenizer(str(folder.tokenizer), recipe.text.max_tokens, recipe.prompts)
     lexicon = load_lexicon(folder.lexicon) if folder.lexicon.is_dir() else None
+    recipe = recipe.on_video()
     method = export.build(recipe, tokenizer, lexicon)
-    export.load_weights(method, checkpoint.assemble(latest), str(latest.folder))
+    export.load_weights(method, whole_weights(folder, latest), str(latest.folder))
     return export.Exported(recipe, tokenizer, method.to(device).eval())

@@ -5,6 +5,7 @@ RUN/
   environment.json   command, git commit, package versions, world size of each attempt
   steps.jsonl        one line per optimizer step  log.txt          what was printed
   checkpoints/  tokenizer/  tensorboard/  export/  evaluation/  curves.png  STATUS.json
+  encoder.safetensors    the visual encoder, of a run that reads its tokens from files
   lock               who is writing              stacks/          where each rank was when a step took too long
 
 The lock is held by rank 0 of the running attempt and names it. A rank that outlives its attempt - its launcher killed,
@@ -57,6 +58,7 @@ class RunFolder:
         self.export = path / "export"
         self.tokenizer = path / "tokenizer"
         self.lexicon = path / "lexicon"
+        self.encoder = path / "encoder.safetensors"
         self.steps = path / "steps.jsonl"
         self.log = path / "log.txt"
         self.stacks = path / "stacks"
@@ -97,7 +99,8 @@ class RunFolder:
             if begun_with != data:
                 changed = ", ".join(split for split in data if begun_with.get(split) != data[split])
                 raise InputError(
-                    f"run folder {self.path} was begun with other shards in {recipe.data.shards} (changed: {changed}); "
+                    f"run folder {self.path} was begun with other shards in "
+                    f"{recipe.data.features or recipe.data.shards} (changed: {changed}); "
                     "choose another folder with --run"
                 )
             write_atomically(path, json.dumps(data, indent=2) + "\n")

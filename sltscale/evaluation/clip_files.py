@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from sltscale.config import EvaluationSettings, Recipe
 from sltscale.data.annotations.sources import VIDEO_SUFFIXES
 from sltscale.data.batches.stream import load_video
+from sltscale.data.noise import sampling_seeds
 from sltscale.data.text import TextTokenizer
 from sltscale.data.video.images import SUFFIXES as IMAGE_SUFFIXES
 from sltscale.errors import InputError
@@ -69,11 +71,11 @@ def translate_files(
     and the others go on.
 
     Files are read as ``paths`` gives them, a few batches ahead. InputError for a language that the tokenizer does not
-    know, and more sentences than beams.
+    know, and more sentences than beams. Where sentences are sampled, a clip's are drawn by its path.
     """
     settings = recipe.evaluation
     language_id = tokenizer.language_id(language)
-    if n > settings.beams:
+    if settings.sampling is None and n > settings.beams:
         raise InputError(f"{n} sentences are wanted of {settings.beams} beams; search with more beams")
     rest = iter(paths)
     while some := list(islice(rest, READ_AHEAD * settings.batch)):
@@ -88,7 +90,8 @@ def translate_files(
         for start in range(0, len(by_length), settings.batch):
             batch = by_length[start : start + settings.batch]
             packed = Ragged.from_list([frames.pop(number) for number in batch]).to(device)
-            found = _n_best(method, tokenizer, settings, packed, language_id, n)
+            seeds = [sampling_seeds(recipe.seed, ascii(os.fspath(some[number])), n) for number in batch]
+            found = _n_best(method, tokenizer, settings, packed, language_id, seeds)
             done |= {number: Translated(some[number], best) for number, best in zip(batch, found, strict=True)}
         yield from (done[number] for number in range(len(some)))
 
@@ -100,16 +103,15 @@ def _n_best(
     settings: EvaluationSettings,
     frames: Ragged,
     language_id: int,
-    n: int,
+    seeds: list[list[int]],
 ) -> list[list[Sentence]]:
-    hypotheses = method.n_best(
-        frames,
-        torch.full((len(frames),), language_id, device=frames.values.device),
-        beams=settings.beams,
-        length_penalty=settings.length_penalty,
-        max_new_tokens=settings.max_new_tokens,
-        n=n,
-    )
+    """seeds: of each clip, one for each of its sentences."""
+    languages = torch.full((len(frames),), language_id, device=frames.values.device)
+    lengths: dict[str, Any] = {"length_penalty": settings.length_penalty, "max_new_tokens": settings.max_new_tokens}
+    if settings.sampling is not None:
+        hypotheses = method.sample(frames, languages, seeds=seeds, **settings.sampling.model_dump(), **lengths)
+    else:
+        hypotheses = method.n_best(frames, languages, beams=settings.beams, n=len(seeds[0]), **lengths)
     texts = iter(tokenizer.decode([one.ids for row in hypotheses for one in row]))
     return [[Sentence(next(texts), one.score) for one in row] for row in hypotheses]
 

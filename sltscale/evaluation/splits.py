@@ -16,6 +16,7 @@ from sltscale.data.batches.augment import frames_after_sampling
 from sltscale.data.batches.dealing import evaluation_shares
 from sltscale.data.batches.selection import Selection
 from sltscale.data.batches.stream import evaluation_batches
+from sltscale.data.noise import sampling_seeds
 from sltscale.data.text import TextTokenizer
 from sltscale.errors import InputError
 from sltscale.evaluation import report, retrieval, translation
@@ -92,6 +93,8 @@ def translate_split(
         "length_penalty": settings.length_penalty,
         "max_new_tokens": settings.max_new_tokens,
     }
+    if settings.sampling is not None:
+        scores |= settings.sampling.model_dump()
     ids = [clips.id(number) for number in numbers]
     parallel.on_rank_zero(lambda: report.write_translation(out, ids, hypotheses, references, scores))
     return scores
@@ -133,14 +136,14 @@ def _translate(
     method: Translator, tokenizer: TextTokenizer, recipe: Recipe, batch: VideoBatch, device: torch.device
 ) -> list[str]:
     settings = recipe.evaluation
-    tokens = method.generate(
-        batch.frames.to(device),
-        torch.tensor([tokenizer.language_id(language) for language in batch.languages], device=device),
-        beams=settings.beams,
-        length_penalty=settings.length_penalty,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    return tokenizer.decode(tokens)
+    frames = batch.frames.to(device)
+    languages = torch.tensor([tokenizer.language_id(language) for language in batch.languages], device=device)
+    lengths: dict[str, Any] = {"length_penalty": settings.length_penalty, "max_new_tokens": settings.max_new_tokens}
+    if settings.sampling is not None:
+        seeds = [sampling_seeds(recipe.seed, clip, 1) for clip in batch.ids]
+        drawn = method.sample(frames, languages, seeds=seeds, **settings.sampling.model_dump(), **lengths)
+        return tokenizer.decode([one.ids for (one,) in drawn])
+    return tokenizer.decode(method.generate(frames, languages, beams=settings.beams, **lengths))
 
 
 def _provenance(clips: Selection) -> Scores:

@@ -58,7 +58,8 @@ class Fitting:
     ) -> None:
         self.recipe, self.vocabulary, self.corpus = recipe, vocabulary, corpus
         self.world_size, self.memory, self.engine = world_size, memory, engine
-        self.parameters = Parameters.of(build_without_memory(recipe.method, vocabulary), recipe.optim)
+        method = build_without_memory(recipe.method, vocabulary, stored_tokens=recipe.data.features is not None)
+        self.parameters = Parameters.of(method, recipe.optim)
         self.towers = towers(recipe)
         on = [tower for tower, checkpointed in self.towers.items() if checkpointed]
         self.own_policy = "none" if not on else "all" if len(on) == len(self.towers) else "recipe"

@@ -68,22 +68,28 @@ def trace(
     once. fused: as CUDA's kernels keep things (dropout a byte for each element, attention no weights), instead of as
     the CPU's."""
     with _ranks(world_size), Shapes() as shapes, fused_kernels() if fused else nullcontext():
-        method = build_without_memory(recipe.method, vocabulary)
+        method = build_without_memory(recipe.method, vocabulary, stored_tokens=recipe.data.features is not None)
         shapes.take_in(method, bf16)
         freeze(method, recipe.optim)
         method.train()
         evaluate_frozen(method)
         if isinstance(method, HFAPretraining):
             method.lexicon = _AnyLexicon(vocabulary.pseudo_glosses)  # type: ignore[assignment]
-        size = recipe.data.crop_size
+        width = token_width(recipe)
+        frame = _pixels(recipe.data.crop_size) if width is None else torch.empty(width, device="meta")
         if micro_batches is None:
-            return _whole(method, shapes, _batch(shapes, share, size), _text(share))
-        return _in_parts(method, shapes, share.parts(micro_batches), size)
+            return _whole(method, shapes, _batch(shapes, share, frame), _text(share))
+        return _in_parts(method, shapes, share.parts(micro_batches), frame)
 
 
-def build_without_memory(settings: MethodSettings, vocabulary: Vocabulary) -> Method:
+def build_without_memory(settings: MethodSettings, vocabulary: Vocabulary, *, stored_tokens: bool = False) -> Method:
     with torch.device("meta"):
-        return build_method(settings, vocabulary)
+        return build_method(settings, vocabulary, stored_tokens=stored_tokens)
+
+
+def token_width(recipe: Recipe) -> int | None:
+    """Of the stored visual tokens that the recipe reads; None if it reads video."""
+    return recipe.method.visual.transformer.width if recipe.data.features is not None else None  # type: ignore[union-attr]
 
 
 def _whole(method: Method, shapes: Shapes, batch: VideoBatch, text: TextBatch) -> Activations:
@@ -103,11 +109,11 @@ def _whole(method: Method, shapes: Shapes, batch: VideoBatch, text: TextBatch) -
     return Activations(kept, contrastive, shapes.peak, shapes.peak_with_gradients, shapes.flops)
 
 
-def _in_parts(method: Method, shapes: Shapes, parts: Sequence[Share], size: int) -> Activations:
+def _in_parts(method: Method, shapes: Shapes, parts: Sequence[Share], frame: Tensor) -> Activations:
     """As ``engine.accumulate``: features of all parts without gradient, their comparison, each part once more."""
     saved = contrastive = 0
     shapes.restart()
-    batches = [(_batch(shapes, part, size), _text(part)) for part in parts]
+    batches = [(_batch(shapes, part, frame), _text(part)) for part in parts]
     with torch.no_grad():
         found = [method.encode(batch, text, features_only=True)[1] for batch, text in batches]
     whole = Features.concatenate(found)
@@ -192,8 +198,13 @@ def _gradients_let_go(method: Method, shapes: Shapes) -> Iterator[None]:
         handle.remove()
 
 
-def _batch(shapes: Shapes, share: Share, size: int) -> VideoBatch:
-    frames = shapes.fake(torch.empty(sum(share.frames), size * 3 // 2, size, dtype=torch.uint8, device="meta"))
+def _pixels(size: int) -> Tensor:
+    return torch.empty(size * 3 // 2, size, dtype=torch.uint8, device="meta")
+
+
+def _batch(shapes: Shapes, share: Share, frame: Tensor) -> VideoBatch:
+    """frame: one of its frames."""
+    frames = shapes.fake(frame.new_empty(sum(share.frames), *frame.shape))
     clips = [str(number) for number in range(len(share.frames))]
     return VideoBatch(clips, Ragged.from_lengths(frames, share.frames), [""] * len(clips), [""] * len(clips))
 

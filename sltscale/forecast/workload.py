@@ -15,7 +15,7 @@ from sltscale.data.batches.selection import Selection
 from sltscale.data.batches.splits import training_parts
 from sltscale.data.shards.index import open_index
 from sltscale.data.text import build_corpus_tokenizer, load_tokenizer
-from sltscale.forecast.trace import Share
+from sltscale.forecast.trace import Share, token_width
 
 SENTENCES = 2000  # that tokens are counted of
 TOKENS = 32  # of a sentence, where nothing is known; spoken-language sentences of the field have 10 to 30
@@ -45,15 +45,19 @@ def read_corpus(recipe: Recipe) -> Corpus:
     sample = np.unique(np.linspace(0, len(train) - 1, min(SENTENCES, len(train)), dtype=np.int64)).tolist()
     sentences = [train.text(clip) for clip in sample]
     if text.tokenizer == "corpus":
-        tokenizer = build_corpus_tokenizer(sentences, train.languages(), text.vocabulary, text.max_tokens)
+        tokenizer = build_corpus_tokenizer(
+            sentences, train.languages(), text.vocabulary, text.max_tokens, recipe.prompts
+        )
     else:
-        tokenizer = load_tokenizer(text.tokenizer, max_tokens=text.max_tokens)
+        tokenizer = load_tokenizer(text.tokenizer, text.max_tokens, recipe.prompts)
     ids = tokenizer.encode(sentences, [train.language(clip) for clip in sample])
+    frames = frames_after_sampling(train.frames, recipe.on_video().data)
+    width = token_width(recipe)
     return Corpus(
-        frames=frames_after_sampling(train.frames, data),
+        frames=frames,
         tokens=ids.attention_mask.sum(1).numpy(),
         parts=training_parts(data, train),
-        bytes=sum(int(index.size.sum()) for index in train.indexes),
+        bytes=sum(int(index.size.sum()) for index in train.indexes) if width is None else 4 * width * int(frames.sum()),
         complete=True,
         basis=f"the index of {train.name}; tokens of {len(sample)} of its sentences",
     )

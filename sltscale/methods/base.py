@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sltscale.config import MethodSettings
 from sltscale.models.language import Vocabulary
+from sltscale.models.visual import StoredTokens
 from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
 
 __all__ = ["Encode", "Method", "RetrievalMethod", "Vocabulary", "build_method"]
@@ -87,9 +88,21 @@ class RetrievalMethod(Method):
         """[A, B] of what was encoded."""
 
 
-def build_method(settings: MethodSettings, vocabulary: Vocabulary) -> Method:
-    """The method of that recipe, with fresh or published weights. InputError if its sizes do not fit together."""
+def build_method(settings: MethodSettings, vocabulary: Vocabulary, *, stored_tokens: bool = False) -> Method:
+    """The method of that recipe, with fresh or published weights. InputError if its sizes do not fit together.
+
+    stored_tokens: without its visual encoder, whose tokens come in place of frames. The other weights are drawn as with
+    it, so that training on stored tokens takes the very steps that it takes on clips and a frozen encoder.
+    """
+    method = _build(settings, vocabulary)
+    if stored_tokens:
+        method.visual = StoredTokens(method.visual.width)  # type: ignore[arg-type, union-attr]
+    return method
+
+
+def _build(settings: MethodSettings, vocabulary: Vocabulary) -> Method:
     from sltscale.methods.c2rl import C2RL  # the methods import this module
+    from sltscale.methods.features import FeatureExtraction
     from sltscale.methods.gfslt import GFSLT
     from sltscale.methods.gfslt_vlp import GFSLTVLP
     from sltscale.methods.hfa import HFAPretraining, HFATranslation
@@ -98,6 +111,7 @@ def build_method(settings: MethodSettings, vocabulary: Vocabulary) -> Method:
 
     table: dict[str, Callable[[Any, Vocabulary], Method]] = {
         "c2rl": C2RL,
+        "features": FeatureExtraction,
         "gfslt": GFSLT,
         "gfslt_vlp": GFSLTVLP,
         "hfa_pretraining": HFAPretraining,

@@ -10,8 +10,9 @@ from sltscale.errors import InputError
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Vocabulary
 from sltscale.methods.token_contrast import TokenContrast
-from sltscale.models.language import TextDecoder, TextEncoder, teacher_forcing
+from sltscale.models.language import TextDecoder, TextEncoder
 from sltscale.models.layers import LogitScale
+from sltscale.models.mbart import teacher_forcing
 from sltscale.models.visual import VisualEncoder
 from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
 

@@ -22,6 +22,7 @@ from sltscale.data.text import TextTokenizer, load_tokenizer
 from sltscale.errors import InputError
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.methods.hfa import HFAPretraining
+from sltscale.models.visual import StoredTokens
 from sltscale.recipe_files import recipe_from_json
 
 WEIGHTS = "model.safetensors"
@@ -35,14 +36,19 @@ class Exported:
 
 
 def build(recipe: config.Recipe, tokenizer: TextTokenizer, lexicon: Lexicon | None = None) -> Method:
-    """The recipe's method with freshly drawn weights: the same for the same seed, on every rank."""
+    """The recipe's method with freshly drawn weights: the same for the same seed, on every rank; without its visual
+    encoder where the recipe reads features (``Recipe.on_video`` has it)."""
     torch.manual_seed(recipe.seed)
-    pseudo_glosses = 0 if lexicon is None else len(lexicon)
-    vocabulary = Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id, pseudo_glosses)
-    method = build_method(recipe.method, vocabulary)
+    method = build_method(recipe.method, vocabulary(tokenizer, lexicon), stored_tokens=recipe.data.features is not None)
     if isinstance(method, HFAPretraining) and lexicon is not None:
         method.use_lexicon(lexicon)
     return method
+
+
+def vocabulary(tokenizer: TextTokenizer, lexicon: Lexicon | None) -> Vocabulary:
+    """What a method is told of the two."""
+    pseudo_glosses = 0 if lexicon is None else len(lexicon)
+    return Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id, pseudo_glosses, tokenizer.prompts)
 
 
 def save_export(
@@ -57,6 +63,17 @@ def save_export(
     tokenizer.save(folder / "tokenizer")
     if lexicon is not None:
         lexicon.save(folder / "lexicon")
+    _save_weights(folder, weights)
+
+
+def save_part(folder: Path, recipe: config.Recipe, weights: dict[str, Tensor]) -> None:
+    """Some of a model's weights, for other recipes to start from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(recipe.to_json())
+    _save_weights(folder, weights)
+
+
+def _save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(weights, temporary)
     temporary.replace(folder / WEIGHTS)  # last: its presence means that the folder is complete
@@ -68,7 +85,7 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> Exported:
         if not (folder / name).exists():
             raise InputError(f"{folder} holds no {name}; expected a folder written at the end of a training run")
     recipe = recipe_from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-    tokenizer = load_tokenizer(str(folder / "tokenizer"), max_tokens=recipe.text.max_tokens)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"), recipe.text.max_tokens, recipe.prompts)
     lexicon = load_lexicon(folder / "lexicon") if (folder / "lexicon").is_dir() else None
     method = build(recipe, tokenizer, lexicon)
     try:
@@ -116,7 +133,8 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def transfer(method: Method, folder: Path, parts: Sequence[str], fresh: Sequence[str] = ()) -> None:
-    """Start the submodules ``parts`` of ``method`` from those of a finished folder, see ``StartSettings``."""
+    """Start the submodules ``parts`` of ``method`` from those of a finished folder, see ``StartSettings``; not the
+    visual encoder of a run that reads its tokens from files."""
     path = folder / WEIGHTS
     for name in fresh:
         if not any(_inside(own, (name,)) for own in _all_names(method)):
@@ -142,6 +160,8 @@ def transfer(method: Method, folder: Path, parts: Sequence[str], fresh: Sequence
             except AttributeError:
                 own = [name for name, _ in method.named_children()]
                 raise InputError(f"start.parts: the model has no part {ours}; it has {', '.join(own)}") from None
+            if isinstance(module, StoredTokens):
+                continue  # the run keeps these weights beside its checkpoints
             inside = [name.removeprefix(f"{ours}.") for name in fresh if name.startswith(f"{ours}.")]
             load_weights(module, weights, f"{folder}, part {part}", inside)
 

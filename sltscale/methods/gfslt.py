@@ -7,7 +7,7 @@ from torch import nn
 from sltscale.config import GFSLTSettings
 from sltscale.methods.base import Vocabulary
 from sltscale.methods.translation import TranslationMethod
-from sltscale.models.language import build_encoder_decoder
+from sltscale.models.mbart import MBartCoupling, build_encoder_decoder
 from sltscale.models.visual import PackedVisualTokens
 
 
@@ -18,6 +18,4 @@ class GFSLT(TranslationMethod):
     def __init__(self, settings: GFSLTSettings, vocabulary: Vocabulary) -> None:
         language_model = build_encoder_decoder(settings.visual.transformer, settings.text_decoder, vocabulary)
         visual = PackedVisualTokens(settings.visual)
-        super().__init__(
-            visual, nn.Identity(), language_model, vocabulary=vocabulary, label_smoothing=settings.label_smoothing
-        )
+        super().__init__(visual, nn.Identity(), language_model, MBartCoupling(vocabulary), settings.label_smoothing)

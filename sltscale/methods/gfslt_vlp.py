@@ -19,8 +19,9 @@ from sltscale.errors import InputError
 from sltscale.losses.contrastive import clip_loss
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Encode, RetrievalMethod, Vocabulary
-from sltscale.models.language import TextDecoder, TextEncoder, load_decoder_start, teacher_forcing
+from sltscale.models.language import TextDecoder, TextEncoder, load_decoder_start
 from sltscale.models.layers import LogitScale
+from sltscale.models.mbart import teacher_forcing
 from sltscale.models.visual import PackedVisualEncoder
 from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
 

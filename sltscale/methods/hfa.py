@@ -21,10 +21,10 @@ from sltscale.losses.lexical import pseudo_gloss_loss, pseudo_gloss_scores
 from sltscale.methods.base import RetrievalMethod, Vocabulary
 from sltscale.methods.translation import TranslationMethod
 from sltscale.models.dino import DinoEncoder
-from sltscale.models.language import build_language_model
 from sltscale.models.layers import GlobalBatchNorm, LogitScale
 from sltscale.models.local_temporal import LocalTemporalEncoder
 from sltscale.models.lora import add_lora
+from sltscale.models.mbart import MBartCoupling, build_mbart
 from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
 
 QUERIES_AND_VALUES = r".*\.(q_proj|v_proj)"
@@ -47,7 +47,7 @@ class HFAPretraining(RetrievalMethod):
         self.visual = HFAVisual(settings.visual)
         if "alignment" in self.weights:
             self.compared = ("alignment",)
-            encoder = build_language_model(settings.language_model, vocabulary).model.encoder
+            encoder = build_mbart(settings.language_model, vocabulary).model.encoder
             width = encoder.config.d_model
             _check_width(self.visual.width, width)
             self.text_encoder = _Frozen(encoder)
@@ -145,13 +145,11 @@ class HFATranslation(TranslationMethod):
 
     def __init__(self, settings: HFATranslationSettings, vocabulary: Vocabulary) -> None:
         visual = HFAVisual(settings.visual)
-        language_model = build_language_model(settings.language_model, vocabulary)
+        language_model = build_mbart(settings.language_model, vocabulary)
         _check_width(visual.width, language_model.config.d_model)
         add_lora(language_model, settings.lora, QUERIES_AND_VALUES)
         mapper = Mapper(visual.width, settings.mapper)
-        super().__init__(
-            visual, mapper, language_model, vocabulary=vocabulary, label_smoothing=settings.label_smoothing
-        )
+        super().__init__(visual, mapper, language_model, MBartCoupling(vocabulary), settings.label_smoothing)
 
 
 class HFAVisual(nn.Module):

@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sltscale.config import TranslationSettings
-from sltscale.losses.seq2seq import label_smoothed_cross_entropy
+from sltscale.config import AnyLanguageModelSettings, CausalSettings, MT5Settings, TranslationSettings
+from sltscale.losses.seq2seq import IGNORED, label_smoothed_cross_entropy
 from sltscale.methods.base import Method, Vocabulary
-from sltscale.models.language import build_language_model, teacher_forcing
+from sltscale.models.causal import PrefixCoupling, build_causal
+from sltscale.models.decoding import Coupling
+from sltscale.models.lora import add_lora, layers_called
+from sltscale.models.mbart import MBartCoupling, build_mbart
+from sltscale.models.mt5 import MT5Coupling, build_mt5
 from sltscale.models.translator import Translator
 from sltscale.models.visual import VisualEncoder
 from sltscale.structures import Features, LossOutput, TextBatch, VideoBatch
@@ -23,32 +27,38 @@ class TranslationMethod(Translator, Method):
         visual: nn.Module,
         projection: nn.Module,
         language_model: Any,
-        *,
-        vocabulary: Vocabulary,
+        coupling: Coupling,
         label_smoothing: float,
     ) -> None:
-        super().__init__(visual, projection, language_model)
+        super().__init__(visual, projection, language_model, coupling)
         self.weights = {"lm": 1.0}
-        self.vocabulary, self.label_smoothing = vocabulary, label_smoothing
+        self.label_smoothing = label_smoothing
 
     def encode(
         self, batch: VideoBatch, text: TextBatch, *, features_only: bool
     ) -> tuple[dict[str, LossOutput], Features]:
-        decoder_ids, labels = teacher_forcing(text, self.vocabulary)
-        logits = self.logits(batch.frames, decoder_ids)
+        logits, labels = self.logits(batch.frames, text), self.coupling.labels(text)
         return {"lm": label_smoothed_cross_entropy(logits, labels, self.label_smoothing)}, Features()
 
     def counts(self, text: TextBatch) -> dict[str, Tensor]:
-        return {"lm": text.attention_mask.sum()}
+        return {"lm": (self.coupling.labels(text) != IGNORED).sum()}
 
 
 class Translation(TranslationMethod):
-    """Visual encoder, linear projection, mBART-architecture encoder-decoder (C2RL section IV-B, GFSLT stage 2)."""
+    """Visual encoder, linear projection, language model (C2RL section IV-B, with mBART or mT5; decoder-only models)."""
 
     def __init__(self, settings: TranslationSettings, vocabulary: Vocabulary) -> None:
         visual = VisualEncoder(settings.visual)
-        language_model = build_language_model(settings.language_model, vocabulary)
-        projection = nn.Linear(visual.width, language_model.config.d_model)
-        super().__init__(
-            visual, projection, language_model, vocabulary=vocabulary, label_smoothing=settings.label_smoothing
-        )
+        language_model, coupling = _language_model(settings.language_model, vocabulary)
+        if settings.lora is not None:
+            add_lora(language_model, settings.lora, layers_called(language_model, settings.lora_modules))
+        projection = nn.Linear(visual.width, language_model.get_input_embeddings().embedding_dim)
+        super().__init__(visual, projection, language_model, coupling, settings.label_smoothing)
+
+
+def _language_model(settings: AnyLanguageModelSettings, vocabulary: Vocabulary) -> tuple[Any, Coupling]:
+    if isinstance(settings, MT5Settings):
+        return build_mt5(settings, vocabulary), MT5Coupling(vocabulary)
+    if isinstance(settings, CausalSettings):
+        return build_causal(settings, vocabulary), PrefixCoupling(vocabulary)
+    return build_mbart(settings, vocabulary), MBartCoupling(vocabulary)

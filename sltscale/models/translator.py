@@ -1,16 +1,18 @@
-"""Sign video to text: visual encoder, linear projection, encoder-decoder language model.
+"""Sign video to text: visual encoder, linear projection, language model.
 
 Letters: B videos, N packed frames, T longest video, L text tokens, D the language model's width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from sltscale.models.language import Hypothesis, beam_search, n_best
-from sltscale.structures import Ragged
+from sltscale.models.decoding import Coupling, Hypothesis, beam_search, n_best
+from sltscale.models.sampling import sample
+from sltscale.structures import Ragged, TextBatch
 
 
 class Translator(nn.Module):
@@ -19,29 +21,28 @@ class Translator(nn.Module):
     ``language_model``) from pretraining to translation.
 
     visual: Ragged uint8 frames -> Ragged [N', C]. projection: [N', C] -> [N', D], on valid steps only. language_model:
-    of mBART's architecture.
+    of transformers. coupling: how the two go together.
     """
 
-    def __init__(self, visual: nn.Module, projection: nn.Module, language_model: Any) -> None:
+    def __init__(self, visual: nn.Module, projection: nn.Module, language_model: Any, coupling: Coupling) -> None:
         super().__init__()
         self.visual, self.language_model, self.projection = visual, language_model, projection
+        self.coupling = coupling
 
-    def logits(self, frames: Ragged, decoder_ids: Tensor) -> Tensor:
-        """[B, L, V] for decoder inputs [B, L] that start with the language code."""
+    def logits(self, frames: Ragged, text: TextBatch) -> Tensor:
+        """[B, L, V] under teacher forcing, where the coupling has labels."""
         values, mask = self._inputs(frames)
-        logits: Tensor = self.language_model(
-            inputs_embeds=values, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
-        ).logits
-        return logits
+        return self.coupling.logits(self.language_model, values, mask, text)
 
     def generate(
         self, frames: Ragged, language_ids: Tensor, *, beams: int, length_penalty: float, max_new_tokens: int
     ) -> list[list[int]]:
-        """Token ids of the best sentence per video, without special tokens, by beam search; the decoder starts from
-        each video's language id (``language_ids`` [B])."""
+        """Token ids of the best sentence per video, without special tokens, by beam search, in the languages of the
+        ids [B]."""
         values, mask = self._inputs(frames)
         return beam_search(
             self.language_model,
+            self.coupling,
             values,
             mask,
             language_ids,
@@ -57,6 +58,7 @@ class Translator(nn.Module):
         values, mask = self._inputs(frames)
         return n_best(
             self.language_model,
+            self.coupling,
             values,
             mask,
             language_ids,
@@ -64,6 +66,32 @@ class Translator(nn.Module):
             length_penalty=length_penalty,
             max_new_tokens=max_new_tokens,
             n=n,
+        )
+
+    def sample(
+        self,
+        frames: Ragged,
+        language_ids: Tensor,
+        *,
+        seeds: Sequence[Sequence[int]],
+        temperature: float,
+        top_p: float,
+        length_penalty: float,
+        max_new_tokens: int,
+    ) -> list[list[Hypothesis]]:
+        """A drawn sentence of each video for each of its seeds, likeliest first; see ``models.sampling.sample``."""
+        values, mask = self._inputs(frames)
+        return sample(
+            self.language_model,
+            self.coupling,
+            values,
+            mask,
+            language_ids,
+            seeds=seeds,
+            temperature=temperature,
+            top_p=top_p,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
         )
 
     def _inputs(self, frames: Ragged) -> tuple[Tensor, Tensor]:

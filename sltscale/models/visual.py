@@ -37,6 +37,21 @@ class VisualEncoder(nn.Module):
         return Ragged.from_padded(self.transformer(padded, mask), mask, like=packed)
 
 
+class StoredTokens(nn.Module):
+    """In the place of a visual encoder whose tokens are read from files: Ragged [N, width] as it comes, in the model's
+    own floating-point type."""
+
+    like: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("like", torch.zeros(()), persistent=False)  # goes where the parameters go
+
+    def forward(self, tokens: Ragged) -> Ragged:
+        return tokens.with_values(tokens.values.to(self.like.dtype))
+
+
 class PackedVisualTokens(nn.Module):
     """Ragged uint8 [N, 3 H / 2, W] -> Ragged [M, width]: ceil(frames / 4) + 1 visual tokens a clip, also of a single
     frame (GFSLT-VLP, zhoubenjia/GFSLT-VLP@91ba953 models.py): frame encoder and temporal convolutions."""

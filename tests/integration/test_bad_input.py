@@ -64,6 +64,8 @@ def test_an_attention_backend_that_is_not_installed_or_not_for_this_device(comma
         line = refusal(train(command, *options, "--method.visual.temporal.attention", name))
         assert "method.visual.temporal.attention: attention backend" in line
         assert expected in line
+    line = refusal(train(command, *options, "--train.attention", "torch_varlen"))
+    assert "train.attention: attention backend torch_varlen needs a CUDA device, found cpu" in line
     assert not run.exists()
     assert not (tmp_path / "none").exists()
 
@@ -136,10 +138,12 @@ def test_a_rank_that_fails_says_so_through_the_launcher(corpus, launcher: Launch
     assert done.returncode == 2
     assert done.output.count("error: ") == 1
     assert "optim.lr" in done.output
+    # Of the demo, whose corpus would have to be drawn first.
+    arguments = ["--deepspeed", str(ZERO2), "--run", str(tmp_path / "run"), "--data.shards", str(tmp_path / "shards")]
     done = launcher.run(ROOT / "sltscale/train.py", [*arguments, "--data.global_batch", "1"], ranks=2)
     assert done.returncode == 2
-    assert "error: 2 ranks, but the smallest global batch has 1 clips" in done.output
-    assert not (tmp_path / "run").exists()
+    assert "error: 2 ranks, but recipe demo has global batches of 1 clips" in done.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_start_on_a_run_folder_in_use(command: Command, corpus, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from sltscale.data.batches.augment import (
     crop_corner,
     frames_after_sampling,
     limit_frames,
+    rescale_frames,
     sample_frames,
 )
 
@@ -59,6 +60,21 @@ def test_how_many_frames_are_kept(num_frames: int, rate: float, n: int) -> None:
 def test_a_clip_without_frames_is_refused() -> None:
     with pytest.raises(ValueError, match="0 frames"):
         sample_frames(0, 0.5)
+
+
+@given(st.integers(1, 500), st.integers(0, 1000))
+def test_rescaled_clips_keep_their_order(num_frames: int, seed: int) -> None:
+    frames = rescale_frames(num_frames, 0.2, clip_generator(seed, 0, 0))
+    shortest, longest = (min(max(int(num_frames * u), 32), 300) for u in (0.8, 1.2))
+    assert shortest <= len(frames) <= longest
+    assert frames == sorted(frames) and frames[0] >= 0 and frames[-1] < num_frames
+    assert len(set(frames)) == len(frames) or len(frames) > num_frames
+
+
+def test_every_speed_is_drawn() -> None:
+    lengths = [len(rescale_frames(100, 0.2, clip_generator(0, 0, clip))) for clip in range(2000)]
+    assert (min(lengths), max(lengths)) == (80, 119)
+    assert abs(np.mean(lengths) - 99.5) < 1
 
 
 @given(st.integers(1, 400), st.integers(1, 100))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sltscale.config import C2RLSettings, Recipe, TranslationSettings
+from sltscale.config import C2RLSettings, CausalSettings, LanguageModelSettings, Recipe, TranslationSettings
 from sltscale.errors import InputError
 from sltscale.recipe_files import differences, load_recipe, recipe_from_json, recipe_names
 
@@ -259,6 +259,65 @@ def test_bases_of_bases_and_bad_bases_are_refused(write: Write) -> None:
     assert "base: expected a recipe name or TOML file, found 3" in refusal(write("base = 3\n" + MINIMAL))
     assert "unknown recipe 'dmo'; did you mean demo" in refusal(write('base = "dmo"\n' + MINIMAL))
     assert "gone.toml does not exist" in refusal(write('base = "gone.toml"\n' + MINIMAL))
+
+
+# --- language models of other architectures -------------------------------------------------------------------------
+
+MBART = MINIMAL.replace(
+    'name = "c2rl"', 'name = "translation"\n[method.language_model]\nwidth = 64\nencoder_layers = 2'
+)
+CAUSAL = '[method.language_model]\narchitecture = "causal"\nlayers = 2\n'
+
+
+def test_another_architecture_takes_nothing_of_the_bases(write: Write) -> None:
+    write(MBART, "base.toml")
+    same = load_recipe(write('base = "base.toml"\nname = "b"\n[method.language_model]\nheads = 4\n', "same.toml"))
+    assert isinstance(same.method, TranslationSettings)
+    assert isinstance(same.method.language_model, LanguageModelSettings)
+    assert (same.method.language_model.width, same.method.language_model.heads) == (64, 4)
+    other = load_recipe(write(f'base = "base.toml"\nname = "c"\n{CAUSAL}', "other.toml"))
+    assert isinstance(other.method, TranslationSettings)
+    assert isinstance(other.method.language_model, CausalSettings)
+    assert (other.method.language_model.width, other.method.language_model.layers) == (896, 2)
+    assert other.prompts is not None and sorted(other.prompts) == ["de", "en", "zh"]
+    assert (same.prompts, load_recipe(write()).prompts) == (None, None)
+    assert recipe_from_json(other.to_json(), "here") == other
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method.language_model.architecture", "mt6", "unknown method.language_model 'mt6'; did you mean mt5"),
+        ("method.language_model.widht", "3", "unknown key method.language_model.widht; did you mean width?"),
+        (
+            "method.language_model",
+            '{architecture = "causal", encoder_layers = 3}',
+            "unknown key method.language_model.encoder_layers; did you mean layers",
+        ),
+        ("method.language_model", '{architecture = "causal", prompts = {}}', "prompts is empty; give one for each"),
+        ("method.language_model", '{architecture = "causal", prompts = {DE = "a"}}', "String should match pattern"),
+        (
+            "method.language_model",
+            '{architecture = "causal", max_positions = 300}',
+            "data.max_frames + evaluation.max_new_tokens + 1 is 401, more than method.language_model.max_positions 300",
+        ),
+    ],
+)
+def test_wrong_language_models(write: Write, key: str, value: str, message: str) -> None:
+    found = refusal(write(MBART), f"--{key}", value)
+    assert message in found and len(found) < 300
+
+
+def test_another_name_for_a_recipe_that_has_a_base(write: Write) -> None:
+    write(MINIMAL, "a.toml")
+    write('base = "a.toml"\nname = "b"\n[optim]\nlr = 0.5\n', "b.toml")
+    alias = 'base = "b.toml"\nname = "c"\n'
+    recipe = load_recipe(write(alias, "c.toml"))
+    assert (recipe.name, recipe.optim.lr, recipe.train.epochs) == ("c", 0.5, 3)
+    assert "may have one base only" in refusal(write(alias + "seed = 3\n", "c.toml"))
+    assert "may have one base only" in refusal(write('base = "c.toml"\nname = "d"\n', "d.toml"))
+    demo = load_recipe("demo_pretrain")
+    assert load_recipe("c2rl_pretrain_tiny") == demo.model_copy(update={"name": "c2rl_pretrain_tiny"})
 
 
 # --- stored configurations -------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from sltscale.config import (
     TransformerSettings,
 )
 from sltscale.models.frames import FrameEncoder
-from sltscale.models.language import TextDecoder, TextEncoder, TransformerEncoder, Vocabulary, build_language_model
+from sltscale.models.language import TextDecoder, TextEncoder, TransformerEncoder, Vocabulary
+from sltscale.models.mbart import build_mbart
 from sltscale.models.memory import checkpoint_blocks
 from sltscale.structures import Ragged
 
@@ -52,7 +53,7 @@ def text_decoder(memory: dict[str, Any]) -> tuple[nn.Module, Callable[[Any], Ten
 def language_model(memory: dict[str, Any]) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     values, ids = torch.randn(3, 9, 16), torch.randint(3, 40, (3, 7))
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "width": 16, "heads": 2, "feed_forward": 64, "max_positions": 32}
-    tower = build_language_model(LanguageModelSettings(**sizes, **memory), VOCABULARY)
+    tower = build_mbart(LanguageModelSettings(**sizes, **memory), VOCABULARY)
     return tower, lambda tower: tower(inputs_embeds=values, decoder_input_ids=ids, use_cache=False).logits
 
 

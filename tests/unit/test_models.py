@@ -20,17 +20,16 @@ from transformers import (
 
 from sltscale.config import LanguageModelSettings, ResNetSettings, TransformerSettings, VisualSettings
 from sltscale.errors import InputError
+from sltscale.models.decoding import beam_search
 from sltscale.models.frames import IMAGENET_MEAN, IMAGENET_STD, FrameEncoder, yuv_to_rgb
 from sltscale.models.language import (
     TextDecoder,
     TextEncoder,
     TransformerEncoder,
     Vocabulary,
-    beam_search,
-    build_language_model,
-    teacher_forcing,
 )
 from sltscale.models.layers import GlobalBatchNorm
+from sltscale.models.mbart import MBartCoupling, build_mbart, teacher_forcing
 from sltscale.models.temporal import TemporalConvolution
 from sltscale.models.translator import Translator
 from sltscale.models.visual import VisualEncoder
@@ -43,6 +42,7 @@ LANGUAGE = LanguageModelSettings(
     width=32, encoder_layers=1, decoder_layers=1, heads=4, feed_forward=48, dropout=0.0, attention_dropout=0.0
 )
 VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
+COUPLING = MBartCoupling(VOCABULARY)
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ def test_teacher_forcing_starts_from_the_language_code() -> None:
 
 
 def decoding_model() -> tuple[MBartForConditionalGeneration, Tensor, Tensor, Tensor]:
-    model = build_language_model(LANGUAGE, VOCABULARY).eval()
+    model = build_mbart(LANGUAGE, VOCABULARY).eval()
     for name, parameter in model.named_parameters():  # larger weights, so that hypotheses hang on the input
         parameter.data.mul_(16 if "encoder_attn." in name else 4)
     lengths = torch.tensor([[6], [2], [4], [1]])
@@ -210,12 +210,17 @@ def decoding_model() -> tuple[MBartForConditionalGeneration, Tensor, Tensor, Ten
 def test_generation_in_a_batch_equals_one_by_one(beams: int) -> None:
     model, inputs, mask, languages = decoding_model()
     options = {"beams": beams, "length_penalty": 1.0, "max_new_tokens": 9}
-    together = beam_search(model, inputs, mask, languages, **options)
+    together = beam_search(model, COUPLING, inputs, mask, languages, **options)
     alone = []
     for row in range(4):
         steps = int(mask[row].sum())
         alone += beam_search(
-            model, inputs[row : row + 1, :steps], mask[row : row + 1, :steps], languages[row : row + 1], **options
+            model,
+            COUPLING,
+            inputs[row : row + 1, :steps],
+            mask[row : row + 1, :steps],
+            languages[row : row + 1],
+            **options,
         )
     assert together == alone
     assert len({tuple(ids) for ids in together}) > 1
@@ -224,7 +229,7 @@ def test_generation_in_a_batch_equals_one_by_one(beams: int) -> None:
 
 def test_greedy_generation_follows_the_logits_from_the_language_code() -> None:
     model, inputs, mask, languages = decoding_model()
-    hypotheses = beam_search(model, inputs, mask, languages, beams=1, length_penalty=1.0, max_new_tokens=7)
+    hypotheses = beam_search(model, COUPLING, inputs, mask, languages, beams=1, length_penalty=1.0, max_new_tokens=7)
     for row in range(4):
         ids = [int(languages[row])]
         while len(ids) <= 7:
@@ -243,14 +248,17 @@ def test_greedy_generation_follows_the_logits_from_the_language_code() -> None:
 def test_generation_longer_than_the_decoder_is_refused() -> None:
     model, inputs, mask, languages = decoding_model()
     with pytest.raises(InputError, match="max_new_tokens 1024"):
-        beam_search(model, inputs, mask, languages, beams=1, length_penalty=1.0, max_new_tokens=1024)
+        beam_search(model, COUPLING, inputs, mask, languages, beams=1, length_penalty=1.0, max_new_tokens=1024)
 
 
 def test_translator_logits_and_generation() -> None:
     frames = clips([4, 2])
-    language_model = build_language_model(LANGUAGE, VOCABULARY)
-    translator = Translator(VisualEncoder(VISUAL), nn.Linear(VISUAL.transformer.width, LANGUAGE.width), language_model)
-    assert translator.logits(frames, torch.randint(3, 40, (2, 5))).shape == (2, 5, 40)
+    language_model = build_mbart(LANGUAGE, VOCABULARY)
+    translator = Translator(
+        VisualEncoder(VISUAL), nn.Linear(VISUAL.transformer.width, LANGUAGE.width), language_model, COUPLING
+    )
+    ids = torch.randint(3, 40, (2, 5))
+    assert translator.logits(frames, TextBatch(ids, torch.ones_like(ids))).shape == (2, 5, 40)
     hypotheses = translator.eval().generate(
         frames, torch.tensor([33, 34]), beams=2, length_penalty=1.0, max_new_tokens=4
     )
@@ -277,14 +285,14 @@ def tiny_mbart(folder: Path, size: int = 40) -> str:
 
 def test_published_language_model_loads_from_a_folder(tmp_path: Path) -> None:
     settings = LanguageModelSettings(pretrained=tiny_mbart(tmp_path), dropout=0.25, attention_dropout=0.15)
-    model = build_language_model(settings, VOCABULARY)
+    model = build_mbart(settings, VOCABULARY)
     assert (model.config.decoder_layers, model.config.dropout, model.config.attention_dropout) == (2, 0.25, 0.15)
     assert model.dtype == torch.float32
     stored = MBartForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, stored[name].float(), rtol=0, atol=0)
     with pytest.raises(InputError, match=r"40 token ids.*tokenizer has 41"):
-        build_language_model(settings, Vocabulary(41, 1, 2))
+        build_mbart(settings, Vocabulary(41, 1, 2))
 
 
 def test_published_resnet_loads_from_a_classifier_checkpoint(tmp_path: Path) -> None:
@@ -302,7 +310,7 @@ def test_missing_or_incomplete_weights_are_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     absent = str(tmp_path / "absent")
     with pytest.raises(InputError, match=r"absent.*config\.json and model\.safetensors"):
-        build_language_model(LanguageModelSettings(pretrained=absent), VOCABULARY)
+        build_mbart(LanguageModelSettings(pretrained=absent), VOCABULARY)
     with pytest.raises(InputError, match="absent"):
         FrameEncoder(ResNetSettings(pretrained=absent))
     folder = tmp_path / "mbart"
@@ -313,4 +321,4 @@ def test_missing_or_incomplete_weights_are_named(tmp_path: Path, monkeypatch: py
     weights = folder / "model.safetensors"
     weights.rename(folder / "pytorch_model.bin")  # a pickle by its name: never opened
     with pytest.raises(InputError, match="safetensors"):
-        build_language_model(LanguageModelSettings(pretrained=str(folder)), VOCABULARY)
+        build_mbart(LanguageModelSettings(pretrained=str(folder)), VOCABULARY)

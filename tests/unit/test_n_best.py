@@ -7,9 +7,12 @@ from transformers import MBartForConditionalGeneration
 
 from sltscale.config import LanguageModelSettings
 from sltscale.errors import InputError
-from sltscale.models.language import Vocabulary, beam_search, build_language_model, n_best
+from sltscale.models.decoding import beam_search, n_best
+from sltscale.models.language import Vocabulary
+from sltscale.models.mbart import MBartCoupling, build_mbart
 
 VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
+COUPLING = MBartCoupling(VOCABULARY)
 OPTIONS = {"length_penalty": 0.7, "max_new_tokens": 9}
 
 
@@ -20,7 +23,7 @@ def decoding() -> tuple[MBartForConditionalGeneration, Tensor, Tensor, Tensor]:
     settings = LanguageModelSettings(
         width=32, encoder_layers=1, decoder_layers=1, heads=4, feed_forward=48, dropout=0.0, attention_dropout=0.0
     )
-    model = build_language_model(settings, VOCABULARY).eval()
+    model = build_mbart(settings, VOCABULARY).eval()
     for name, parameter in model.named_parameters():
         parameter.data.mul_(16 if "encoder_attn." in name else 4)
     model.final_logits_bias[0, VOCABULARY.eos_id] = 5.0  # so that sentences end at different steps
@@ -33,8 +36,8 @@ def test_scores_are_the_models_log_probabilities(
     beams: int, n: int, decoding: tuple[MBartForConditionalGeneration, Tensor, Tensor, Tensor]
 ) -> None:
     model, inputs, mask, languages = decoding
-    found = n_best(model, inputs, mask, languages, beams=beams, n=n, **OPTIONS)
-    best = beam_search(model, inputs, mask, languages, beams=beams, **OPTIONS)
+    found = n_best(model, COUPLING, inputs, mask, languages, beams=beams, n=n, **OPTIONS)
+    best = beam_search(model, COUPLING, inputs, mask, languages, beams=beams, **OPTIONS)
     assert [row[0].ids for row in found] == best
     lengths = set()
     for row, sentences in enumerate(found):
@@ -56,4 +59,4 @@ def test_scores_are_the_models_log_probabilities(
 
 def test_more_sentences_than_beams(decoding: tuple[MBartForConditionalGeneration, Tensor, Tensor, Tensor]) -> None:
     with pytest.raises(InputError, match="5 sentences are wanted of 4 beams"):
-        n_best(*decoding, beams=4, n=5, **OPTIONS)
+        n_best(decoding[0], COUPLING, *decoding[1:], beams=4, n=5, **OPTIONS)

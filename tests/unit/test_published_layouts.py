@@ -11,17 +11,36 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Dinov2Model, MBartForConditionalGeneration, MT5ForConditionalGeneration, ResNetModel
+from transformers import (
+    AutoModelForCausalLM,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MBartForConditionalGeneration,
+    MT5ForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    ResNetModel,
+)
 from transformers import ResNetForImageClassification as Classifier
 
-from sltscale.config import DinoSettings, LanguageModelSettings, ResNetSettings, TextEncoderSettings
+from sltscale.config import (
+    CausalSettings,
+    DinoSettings,
+    LanguageModelSettings,
+    MT5Settings,
+    ResNetSettings,
+    TextEncoderSettings,
+)
 from sltscale.errors import InputError
+from sltscale.models.causal import build_causal
 from sltscale.models.dino import DinoEncoder
 from sltscale.models.frames import FrameEncoder
-from sltscale.models.language import TextEncoder, Vocabulary, build_language_model
-from sltscale.models.pretrained import load_pretrained
+from sltscale.models.language import TextEncoder, Vocabulary
+from sltscale.models.mbart import build_mbart
+from sltscale.models.mt5 import build_mt5
 
 Weights = dict[str, Tensor]
 VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
@@ -256,7 +275,7 @@ def test_mbart(tied: Sequence[str], bias: bool, tmp_path: Path) -> None:
     nothing_left(MBartForConditionalGeneration, tmp_path)
     expected = weights | dict.fromkeys(MBART_TIED, weights["model.shared.weight"])
     expected.setdefault("final_logits_bias", torch.zeros(1, 40))
-    model = build_language_model(LanguageModelSettings(pretrained=str(tmp_path)), VOCABULARY)
+    model = build_mbart(LanguageModelSettings(pretrained=str(tmp_path)), VOCABULARY)
     assert model.state_dict().keys() == expected.keys()
     same(model, expected)
     encoder = TextEncoder(TextEncoderSettings(pretrained=str(tmp_path)), VOCABULARY)
@@ -306,23 +325,75 @@ def test_resnet(tmp_path: Path) -> None:
 def test_mt5(tmp_path: Path) -> None:
     weights = mt5(tmp_path)
     nothing_left(MT5ForConditionalGeneration, tmp_path)
-    model = load_pretrained(MT5ForConditionalGeneration, str(tmp_path))
+    model = build_mt5(MT5Settings(architecture="mt5", pretrained=str(tmp_path)), Vocabulary(44, pad_id=0, eos_id=1))
     assert model.state_dict().keys() == weights.keys()
     same(model, weights)
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
 
 
+DECODER = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+# meta-llama and Qwen: the output layer is the embedding (small models, stored once) or a matrix of its own; Qwen has
+# biases on queries, keys and values. As one file, and in shards with an index, as large ones are published.
+@pytest.mark.parametrize("shards", ["5GB", "4KB"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own output layer"])
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "biases"),
+    [(LlamaForCausalLM, LlamaConfig, ()), (Qwen2ForCausalLM, Qwen2Config, ("q_proj", "k_proj", "v_proj"))],
+    ids=["llama", "qwen2"],
+)
+def test_decoder_only(
+    model_class: Any, config_class: Any, biases: Sequence[str], tied: bool, shards: str, tmp_path: Path
+) -> None:
+    names = {"model.embed_tokens.weight", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
+    for layer in range(2):
+        block = f"model.layers.{layer}"
+        names |= {f"{block}.self_attn.{projection}_proj.weight" for projection in "qkvo"}
+        names |= {f"{block}.self_attn.{projection}.bias" for projection in biases}
+        names |= {f"{block}.mlp.{projection}_proj.weight" for projection in ("gate", "up", "down")}
+        names |= {f"{block}.{norm}_layernorm.weight" for norm in ("input", "post_attention")}
+    published = model_class(config_class(**DECODER, eos_token_id=[3, 2], tie_word_embeddings=tied))
+    published.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (tmp_path / "model.safetensors").exists() == (shards == "5GB")
+    weights = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert weights.keys() == names
+    nothing_left(AutoModelForCausalLM, tmp_path)
+    settings = CausalSettings(architecture="causal", pretrained=str(tmp_path))
+    model = build_causal(settings, Vocabulary(44, pad_id=2, eos_id=2))
+    assert type(model) is model_class
+    same(model, weights | ({"lm_head.weight": weights["model.embed_tokens.weight"]} if tied else {}))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_code_that_comes_with_weights_is_not_run(tmp_path: Path) -> None:
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        build_causal(CausalSettings(architecture="causal", pretrained=str(tmp_path)), VOCABULARY)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_absent_on_an_offline_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError) as raised:
-        build_language_model(LanguageModelSettings(pretrained="facebook/mbart-large-cc25"), VOCABULARY)
-    for wanted in ("facebook/mbart-large-cc25", "config.json", "model.safetensors", "offline", "local folder"):
-        assert wanted in str(raised.value)
-    assert "\n" not in str(raised.value)
+    qwen = CausalSettings(architecture="causal", pretrained="Qwen/Qwen2.5-0.5B")
+    mt5 = MT5Settings(architecture="mt5", pretrained="google/mt5-base")
+    for name, build in (
+        ("facebook/mbart-large-cc25", lambda name: build_mbart(LanguageModelSettings(pretrained=name), VOCABULARY)),
+        ("google/mt5-base", lambda _: build_mt5(mt5, VOCABULARY)),
+        ("Qwen/Qwen2.5-0.5B", lambda _: build_causal(qwen, VOCABULARY)),
+    ):
+        with pytest.raises(InputError) as raised:
+            build(name)
+        for wanted in (name, "config.json", "model.safetensors", "offline", "local folder"):
+            assert wanted in str(raised.value)
+        assert "\n" not in str(raised.value)
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
     mbart(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"model\.safetensors of a MBartForConditionalGeneration"):
-        build_language_model(LanguageModelSettings(pretrained=str(tmp_path)), VOCABULARY)
+        build_mbart(LanguageModelSettings(pretrained=str(tmp_path)), VOCABULARY)

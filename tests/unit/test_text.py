@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
 from sltscale.errors import InputError
@@ -141,3 +143,61 @@ def test_what_cannot_be_built_or_loaded(tokenizer: TextTokenizer, tmp_path: Path
         InputError, match=r"(?s)^tokenizer '[^\n]*missing' cannot be loaded [^\n]*tokenizer\.json[^\n]*$"
     ):
         load_tokenizer(tmp_path / "missing")
+
+
+# --- prompts in place of language codes -----------------------------------------------------------------------------
+
+PROMPTS = {"zh": "中文:", "de": "Übersetze ins Deutsche:"}
+
+
+def save_byte_level(folder: Path) -> None:
+    """A byte-level BPE tokenizer, as GPT-2's and Qwen's, with an end token and no other special one."""
+    special = {"eos_token": "<|end|>"}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[*special.values()], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def test_a_tokenizer_without_padding_and_codes(tmp_path: Path) -> None:
+    save_byte_level(tmp_path / "hub")
+    tokenizer = load_tokenizer(tmp_path / "hub", 64, PROMPTS)
+    assert tokenizer.languages == ["de", "zh"]
+    assert tokenizer.pad_id == tokenizer.eos_id == 0
+    assert tokenizer.size == 300
+    assert (tokenizer.language_id("de-CH"), tokenizer.language_id("zh")) == (300, 301)
+    assert [tokenizer.backend.decode(prompt) for prompt in tokenizer.prompts] == [PROMPTS["de"], PROMPTS["zh"]]
+    batch = tokenizer.encode([SENTENCES[0], "so", ""], ["de", "de", "zh"])
+    lengths = batch.attention_mask.sum(1).tolist()
+    assert lengths[2] == 2
+    for row, (length, language) in enumerate(zip(lengths, [300, 300, 301], strict=True)):
+        assert batch.input_ids[row, length - 2 :].tolist() == [0, language] + [0] * (max(lengths) - length)
+    assert batch.language_ids().tolist() == [300, 300, 301]
+    ids, mask = batch.without_language(tokenizer.pad_id)
+    assert ids.max() < 300 and mask.sum(1).tolist() == [length - 1 for length in lengths]
+    assert tokenizer.decode(ids) == [SENTENCES[0], "so", ""]
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved", 64, PROMPTS)
+    assert torch.equal(
+        again.encode(SENTENCES, ["de"] * len(SENTENCES)).input_ids,
+        tokenizer.encode(SENTENCES, ["de"] * len(SENTENCES)).input_ids,
+    )
+    assert (again.size, again.pad_id, again.prompts) == (tokenizer.size, tokenizer.pad_id, tokenizer.prompts)
+
+
+def test_a_language_without_a_prompt_and_no_language_told(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    prompted = TextTokenizer(tokenizer.backend, 64, PROMPTS)
+    with pytest.raises(InputError, match=r"no prompt for language 'fr', only for: de, zh; give one as method") as found:
+        prompted.encode(["bon"], ["fr"])
+    assert "\n" not in str(found.value)
+    assert prompted.pad_id == 1  # its own
+    assert prompted.decode(tokenizer.encode(["die sonne"], ["de"]).input_ids) == ["die sonne"]  # a code is no text
+    untold = TextTokenizer(tokenizer.backend, 64, {})
+    assert (untold.languages, untold.prompts) == ([], ())
+    assert untold.encode(["die sonne"], ["fr"]).input_ids[0, -2:].tolist() == [2, untold.size]
+    save_byte_level(tmp_path)
+    with pytest.raises(InputError, match="no padding or no end-of-sentence token"):
+        load_tokenizer(tmp_path)

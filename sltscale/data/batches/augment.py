@@ -1,4 +1,4 @@
-"""Which frames and which window of a clip are used: one draw per clip.
+"""Which frames and which window of a clip are used: one draw per clip. What is done to the pictures is in vidaug.py.
 
 Letters: T frames of the clip, n frames kept. In training a draw comes from the clip's own generator, a function of
 (seed, epoch, clip number) alone, so it does not depend on ranks, workers or interruptions. Without a generator every
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sltscale.config import DataSettings
+
+SHORTEST_RESCALED, LONGEST_RESCALED = 32, 300
 
 
 def clip_generator(seed: int, epoch: int, clip: int) -> np.random.Generator:
@@ -38,6 +40,16 @@ def sample_frames(num_frames: int, rate: float, rng: np.random.Generator | None 
     return [int(frame) for frame in chosen]
 
 
+def rescale_frames(num_frames: int, share: float, rng: np.random.Generator) -> list[int]:
+    """Frame numbers of a clip played at another speed, ascending: int(u T) of the T, u uniform in 1 +- ``share``.
+
+    GFSLT-VLP's TemporalRescale: at least 32 (some twice, then) and at most 300, chosen at random, without repetition
+    where there are enough.
+    """
+    count = min(max(int(num_frames * rng.uniform(1 - share, 1 + share)), SHORTEST_RESCALED), LONGEST_RESCALED)
+    return sorted(rng.choice(num_frames, count, replace=count > num_frames).tolist())
+
+
 def limit_frames(indices: Sequence[int], max_frames: int) -> list[int]:
     """At most ``max_frames`` of ``indices``, evenly spread from the first on; shorter lists stay as they are."""
     if len(indices) <= max_frames:
@@ -46,13 +58,21 @@ def limit_frames(indices: Sequence[int], max_frames: int) -> list[int]:
 
 
 def frames_after_sampling(frames: npt.NDArray[np.integer], settings: DataSettings) -> npt.NDArray[np.int64]:
-    """Frames of each clip that training and evaluation use, from the stored numbers ``frames`` [n]."""
+    """Frames of each clip that evaluation uses, and training but for rescaling, from the stored numbers [n]; all tokens
+    of features."""
+    if settings.features is not None:
+        return np.asarray(frames, dtype=np.int64)
     return np.minimum(_kept(frames, settings.sampling_rate), settings.max_frames)
 
 
 def choose_frames(num_frames: int, settings: DataSettings, rng: np.random.Generator | None = None) -> list[int]:
-    """The frame numbers of a clip of ``num_frames`` that the settings ask for: sampled, then limited."""
-    return limit_frames(sample_frames(num_frames, settings.sampling_rate, rng), settings.max_frames)
+    """The frame numbers of a clip of ``num_frames`` that the settings ask for: rescaled in training, if at all, then
+    sampled, then limited."""
+    if rng is None or not settings.temporal_rescale:
+        return limit_frames(sample_frames(num_frames, settings.sampling_rate, rng), settings.max_frames)
+    played = rescale_frames(num_frames, settings.temporal_rescale, rng)
+    sampled = sample_frames(len(played), settings.sampling_rate, rng)
+    return limit_frames([played[frame] for frame in sampled], settings.max_frames)
 
 
 def crop_corner(height: int, width: int, size: int, rng: np.random.Generator | None = None) -> tuple[int, int]:

@@ -18,22 +18,31 @@ Numbers = npt.NDArray[np.int64]
 class Selection:
     """Clips 0 ... n - 1: those of the first index in its order, then those of the second, and so on.
 
-    without: for each index, numbers of its clips to leave out. frames [n]: as stored. May be sent to other processes.
+    without: for each index, numbers of its clips that are left out. frames [n]: as stored, tokens of features. May be
+    sent to other processes.
     """
 
     def __init__(self, indexes: Sequence[Index], without: Sequence[Iterable[int]] = ()) -> None:
         self.indexes = list(indexes)
-        self._without = [sorted(set(numbers)) for numbers in without] or [[] for _ in self.indexes]
+        self.without = [sorted(set(numbers)) for numbers in without] or [[] for _ in self.indexes]
         self._kept: list[Numbers] = [
             np.setdiff1d(np.arange(len(index)), np.array(numbers, dtype=np.int64))
-            for index, numbers in zip(self.indexes, self._without, strict=True)
+            for index, numbers in zip(self.indexes, self.without, strict=True)
         ]
         self._starts = np.cumsum([0, *map(len, self._kept)])
         frames = [index.frames[kept] for index, kept in zip(self.indexes, self._kept, strict=True)]
         self.frames: npt.NDArray[np.int32] = np.concatenate(frames)
 
+    @classmethod
+    def joined(cls, selections: Sequence[Selection]) -> Selection:
+        """The clips of all of them, in this order."""
+        parts = [
+            (index, left_out) for one in selections for index, left_out in zip(one.indexes, one.without, strict=True)
+        ]
+        return cls([index for index, _ in parts], [left_out for _, left_out in parts])
+
     def __reduce__(self) -> tuple[type[Selection], tuple[list[Index], list[list[int]]]]:
-        return Selection, (self.indexes, self._without)
+        return Selection, (self.indexes, self.without)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -95,9 +104,9 @@ class Selection:
     def digest(self) -> str:
         """The identity of these clips in this order: of a single whole index its own."""
         digests = [index.digest for index in self.indexes]
-        if len(digests) == 1 and not self._without[0]:
+        if len(digests) == 1 and not self.without[0]:
             return digests[0]
-        return hashlib.sha256(repr((digests, self._without)).encode()).hexdigest()
+        return hashlib.sha256(repr((digests, self.without)).encode()).hexdigest()
 
     @property
     def split(self) -> str:

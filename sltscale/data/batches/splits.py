@@ -8,8 +8,10 @@ from typing import Any
 
 from sltscale import parallel
 from sltscale.config import DataSettings
+from sltscale.data.batches.augment import frames_after_sampling
 from sltscale.data.batches.plan import Part
 from sltscale.data.batches.selection import Selection
+from sltscale.data.shards.features import check_features
 from sltscale.data.shards.index import Index, open_index
 from sltscale.data.shards.verify import bad_clips, check_shards
 from sltscale.errors import InputError
@@ -23,15 +25,17 @@ def open_splits(settings: DataSettings, known: Iterable[dict[str, Any]] = ()) ->
     known: the damaged clips that this run left out before; they stay out, so that its steps stay the same. With
     data.bad_data "stop" any damage is an InputError. With "skip" the damaged clips are left out, on all ranks alike;
     InputError if they are more than the share data.max_bad_share of a split.
+
+    With data.features these are the clips' features; InputError unless they are of all clips of data.shards, of which
+    only the index is read.
     """
-    folders = {
-        "train": [settings.shards, *(part.shards for part in settings.mix)],
-        "dev": [settings.shards],
-        "test": [settings.shards],
-    }
+    first = settings.features or settings.shards
+    folders = {"train": [first, *(part.shards for part in settings.mix)], "dev": [first], "test": [first]}
     selections, damaged = {}, []
     for split, places in folders.items():
         indexes = [open_index(place, split) for place in places]
+        if settings.features is not None:
+            _check_features(indexes[0], settings)
         found = [_damaged(index, place, settings, known) for index, place in zip(indexes, places, strict=True)]
         selections[split] = Selection(indexes, [[row["clip"] for row in rows] for rows in found])
         damaged += [row for rows in found for row in rows]
@@ -43,6 +47,12 @@ def training_parts(settings: DataSettings, train: Selection) -> list[Part] | Non
     if not settings.mix:
         return None
     return train.parts([1.0, *(part.weight for part in settings.mix)], settings.temperature)
+
+
+def _check_features(index: Index, settings: DataSettings) -> None:
+    clips = open_index(settings.shards, index.split)
+    frames = frames_after_sampling(clips.frames, settings.model_copy(update={"features": None}))
+    check_features(index, clips, frames, settings)
 
 
 def _damaged(index: Index, place: str, settings: DataSettings, known: Iterable[dict[str, Any]]) -> BadClips:

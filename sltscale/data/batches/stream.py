@@ -2,8 +2,9 @@
 
 Letters: B clips of a batch, N frames of all of them, h x w the crop. Stages, in order: plan -> this rank's share ->
 bytes by offset -> a window of the wanted frames decoded into uint8 [N, 3 h / 2, w] (YUV 4:2:0, see VideoBatch) ->
-handed over in shared memory, pinned if there is CUDA. All that is random is drawn from (seed, epoch, clip), so a stream
-that starts at step s yields what an unbroken one yields from s on, bit by bit, whatever the number of workers.
+handed over in shared memory, pinned if there is CUDA; of features, float [N, width] as they are stored. All that is
+random is drawn from (seed, epoch, clip), so a stream that starts at step s yields what an unbroken one yields from s
+on, bit by bit, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sltscale.config import DataSettings
-from sltscale.data.batches.augment import choose_frames, clip_generator, crop_corner, frames_after_sampling
+from sltscale.data.batches.augment import choose_frames, clip_generator, crop_corner
 from sltscale.data.batches.plan import Plan
 from sltscale.data.batches.segments import Segments, borrow, payload
 from sltscale.data.batches.selection import Selection
+from sltscale.data.batches.vidaug import Change, change_colours, draw_change, pixel_map
 from sltscale.data.clips import Clip, Cutting
+from sltscale.data.shards.features import read_tokens
 from sltscale.data.shards.remote import retries
 from sltscale.data.video.cutting import pack_clip
 from sltscale.data.video.limits import VideoError
-from sltscale.data.video.stored import decode_yuv
+from sltscale.data.video.stored import decode_pixels, decode_yuv
 from sltscale.errors import InputError
 from sltscale.structures import Ragged, VideoBatch
 
@@ -61,12 +64,12 @@ def stream(
     Raises InputError at once for shards of another frame size, and while it runs for a clip that cannot be read or is
     not the indexed one (clip and shard named).
     """
-    check_frame_size(clips, settings)
+    reader = _reader(clips, settings, seed if training else None)
     shares = (
         _Share(step, plan.epoch_of(step), plan.share(step, rank, world_size).tolist())
         for step in range(first_step, last_step)
     )
-    return _batches(_Clips(clips, settings, seed if training else None), shares, last_step - first_step)
+    return _batches(reader, shares, last_step - first_step)
 
 
 def evaluation_batches(
@@ -76,9 +79,9 @@ def evaluation_batches(
 
     Raises InputError as ``stream`` does.
     """
-    check_frame_size(clips, settings)
+    reader = _reader(clips, settings, None)
     shares = (_Share(step, 0, list(numbers)) for step, numbers in enumerate(batches))
-    return (batch for _, batch in _batches(_Clips(clips, settings, None), shares, len(batches)))
+    return (batch for _, batch in _batches(reader, shares, len(batches)))
 
 
 def load_video(path: Path, settings: DataSettings) -> Tensor:
@@ -89,9 +92,9 @@ def load_video(path: Path, settings: DataSettings) -> Tensor:
     try:
         clip = Clip(path.name, path, None, None, text="", language="", split="")
         packed = pack_clip(clip, Cutting(settings.frame_size))
-        keep = choose_frames(packed.frames, settings)
-        frames = np.empty((len(keep), *_frame_shape(settings)), np.uint8)
-        _decode(packed.data, keep, frames, settings, None)
+        draw = _draw(packed.frames, settings, None)
+        frames = np.empty((len(draw.keep), *_frame_shape(settings)), np.uint8)
+        _decode(packed.data, draw, frames, settings, (packed.width, packed.height))
     except VideoError as error:
         raise InputError(f"{path}: {error}") from None
     return torch.from_numpy(frames)
@@ -103,6 +106,14 @@ class _Share(NamedTuple):
     clips: list[int]
 
 
+class _Draw(NamedTuple):
+    """keep: frame numbers. corner: (top, left) of the window."""
+
+    keep: list[int]
+    corner: tuple[int, int]
+    change: Change
+
+
 @dataclass(frozen=True)
 class _Packed:
     """A batch as it crosses the process border. memory: where its frames lie; a whole segment if ``segment``."""
@@ -111,7 +122,8 @@ class _Packed:
     ids: list[str]
     memory: Tensor
     segment: bool
-    frame_shape: tuple[int, int]
+    frame_shape: tuple[int, ...]
+    dtype: torch.dtype
     lengths: list[int]
     texts: list[str]
     languages: list[str]
@@ -122,12 +134,13 @@ class _Packed:
         return replace(self, memory=self._bytes().pin_memory(), segment=False)
 
     def video_batch(self) -> VideoBatch:
-        frames = self._bytes().view(-1, *self.frame_shape)
+        frames = self._bytes().view(self.dtype).view(-1, *self.frame_shape)
         ragged = Ragged.from_lengths(frames, self.lengths)
         return VideoBatch(self.ids, ragged, self.texts, self.languages, self.retries)
 
     def _bytes(self) -> Tensor:
-        return borrow(self.memory, sum(self.lengths) * math.prod(self.frame_shape)) if self.segment else self.memory
+        size = sum(self.lengths) * math.prod(self.frame_shape) * self.dtype.itemsize
+        return borrow(self.memory, size) if self.segment else self.memory
 
 
 class _Clips(Dataset["_Packed | InputError"]):
@@ -139,47 +152,81 @@ class _Clips(Dataset["_Packed | InputError"]):
 
     def __getitem__(self, share: _Share) -> _Packed | InputError:
         clips = self.clips
-        lengths = frames_after_sampling(clips.frames[share.clips], self.settings).tolist()
-        shape = _frame_shape(self.settings)
-        size = sum(lengths) * math.prod(shape)
+        draws = [self._draw(clip, share.epoch) for clip in share.clips]
+        lengths = [len(draw.keep) for draw in draws]
+        shape, dtype = self._layout()
+        size = sum(lengths) * math.prod(shape) * dtype.itemsize
         shared = get_worker_info() is not None
         memory = self._segments.take(size) if shared else torch.empty(size, dtype=torch.uint8)
-        frames = (payload(memory, size) if shared else memory).numpy().reshape(-1, *shape)
+        frames = (payload(memory, size) if shared else memory).view(dtype).numpy().reshape(-1, *shape)
         retries_before = retries()
         clips.prefetch(share.clips)
         start = 0
-        for clip, length in zip(share.clips, lengths, strict=True):
+        for clip, draw in zip(share.clips, draws, strict=True):
             try:
-                self._read(clip, share.epoch, frames[start : start + length])
+                self._read(clip, draw, frames[start : start + len(draw.keep)])
             except InputError as error:
                 return error  # raised here, it would arrive with a traceback for a message
-            start += length
+            start += len(draw.keep)
         return _Packed(
             step=share.step,
             ids=[clips.id(clip) for clip in share.clips],
             memory=memory,
             segment=shared,
             frame_shape=shape,
+            dtype=dtype,
             lengths=lengths,
             texts=[clips.text(clip) for clip in share.clips],
             languages=[clips.language(clip) for clip in share.clips],
             retries=retries() - retries_before,
         )
 
-    def _read(self, clip: int, epoch: int, out: npt.NDArray[np.uint8]) -> None:
-        """The chosen frames of one clip, cropped, into ``out`` [T, 3 h / 2, w]."""
+    def _layout(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of a frame."""
+        return _frame_shape(self.settings), torch.uint8
+
+    def _draw(self, clip: int, epoch: int) -> _Draw:
         seed = None if self.settings.augment == "off" else self.seed
         rng = None if seed is None else clip_generator(seed, epoch, clip)
-        keep = choose_frames(int(self.clips.frames[clip]), self.settings, rng)
+        return _draw(int(self.clips.frames[clip]), self.settings, rng)
+
+    def _read(self, clip: int, draw: _Draw, out: npt.NDArray[Any]) -> None:
+        """The chosen frames of one clip, cropped, into ``out`` [T, 3 h / 2, w]."""
         index, number = self.clips.locate(clip)
+        width, height = index.resolution[number].tolist()
         try:
-            _decode(index.video_bytes(number), keep, out, self.settings, rng)
+            _decode(index.video_bytes(number), draw, out, self.settings, (width, height))
         except VideoError as error:
             raise InputError(f"{index.describe(number)}: {error}") from None
 
 
+class _Features(_Clips):
+    """The same of features: every token as it is stored, whatever the epoch."""
+
+    def _layout(self) -> tuple[tuple[int, ...], torch.dtype]:
+        origin = self.clips.indexes[0].features
+        assert origin is not None
+        return (origin.width,), torch.float32 if origin.dtype == "float32" else torch.float16
+
+    def _draw(self, clip: int, epoch: int) -> _Draw:
+        return _Draw(list(range(int(self.clips.frames[clip]))), (0, 0), Change())
+
+    def _read(self, clip: int, draw: _Draw, out: npt.NDArray[Any]) -> None:
+        index, number = self.clips.locate(clip)
+        out[:] = read_tokens(index, number)
+
+
+def _reader(clips: Selection, settings: DataSettings, seed: int | None) -> _Clips:
+    check_frame_size(clips, settings)
+    return (_Clips if settings.features is None else _Features)(clips, settings, seed)
+
+
 def check_frame_size(clips: Selection, settings: DataSettings) -> None:
+    """InputError if these are not the clips that the settings are for: features or video, and of what size."""
     for index in clips.indexes:
+        if (index.features is None) != (settings.features is None):
+            found, wanted = ("features", "video") if index.features is not None else ("video", "features")
+            raise InputError(f"{index.path} holds {found}, expected is {wanted}; give the folder that holds it")
         if index.frame_size != settings.frame_size:
             raise InputError(
                 f"{index.path} holds clips of {index.frame_size} pixels, but data.frame_size is "
@@ -192,17 +239,27 @@ def _frame_shape(settings: DataSettings) -> tuple[int, int]:
     return settings.crop_size * 3 // 2, settings.crop_size
 
 
+def _draw(num_frames: int, settings: DataSettings, rng: np.random.Generator | None) -> _Draw:
+    keep = choose_frames(num_frames, settings, rng)
+    corner = crop_corner(settings.frame_size, settings.frame_size, settings.crop_size, rng)
+    return _Draw(keep, corner, Change() if rng is None else draw_change(settings.augment, rng))
+
+
 def _decode(
     data: bytes,
-    keep: Sequence[int],
+    draw: _Draw,
     out: npt.NDArray[np.uint8],
     settings: DataSettings,
-    rng: np.random.Generator | None,
+    resolution: tuple[int, int],
 ) -> None:
-    """One window for all frames of a clip, into ``out``."""
-    size = settings.frame_size
-    corner = crop_corner(size, size, settings.crop_size, rng)
-    decode_yuv(data, keep, out, *corner)
+    """One window and one change for all frames of a clip, into ``out``."""
+    if draw.change.moves:
+        pixels = pixel_map(draw.change, settings.frame_size, settings.crop_size, draw.corner, resolution)
+        decode_pixels(data, draw.keep, out.reshape(len(out), -1), settings.frame_size, pixels)
+    else:
+        decode_yuv(data, draw.keep, out, *draw.corner)
+    if draw.change.recolours:
+        change_colours(out, draw.change)
 
 
 def _batches(dataset: _Clips, shares: Iterable[_Share], count: int) -> Iterator[tuple[int, VideoBatch]]:

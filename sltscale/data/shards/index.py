@@ -18,19 +18,22 @@ from typing import Any
 import numpy as np
 
 from sltscale.data.shards.columns import COLUMNS, STRINGS, ColumnFile, write_columns
+from sltscale.data.shards.features import MEMBER, Origin
 from sltscale.data.shards.remote import shard_source
 from sltscale.errors import InputError
 
 SUFFIX = ".index.safetensors"
 BLOCK = 512  # tar files count in blocks of this many bytes
 MEMBERS = ("json", "mp4", "txt")  # of a clip, in the order in which they lie in the tar
+FEATURE_MEMBERS = ("json", MEMBER, "txt")  # where its visual tokens are stored in place of its video
 
 
 @dataclass(frozen=True)
 class Row:
     """One packed clip. offset, size: its mp4 inside the tar; record: first byte and end of its members in the tar;
     crc32: of the tar records (header, content, padding) of each of MEMBERS; sha256 (hex): of the mp4; source: name of
-    its source video or folder of images; resolution: width and height of that, upright, in pixels."""
+    its source video or folder of images; resolution: width and height of that, upright, in pixels. Of features, a
+    safetensors file stands in place of the mp4, and visual tokens in place of frames."""
 
     id: str
     key: str
@@ -68,7 +71,7 @@ class Index:
 
     shard [n] (number into ``shards``), offset [n], size [n] (the mp4 inside the tar), frames [n], fps [n, 2]
     (numerator, denominator), resolution [n, 2] (width, height of the upright source), sha256 [n, 32] (of the mp4),
-    record [n, 2] and crc32 [n, 3] (see Row).
+    record [n, 2] and crc32 [n, 3] (see Row). features: what they are made of, None of video; members: see MEMBERS.
     May be sent to other processes; they open files of their own.
     """
 
@@ -89,6 +92,8 @@ class Index:
         self._columns, self._metadata = self._file.columns, self._file.metadata
         for name in COLUMNS:
             setattr(self, "_language" if name == "language" else name, self._columns[name])
+        self.features = self._features()
+        self.members = MEMBERS if self.features is None else FEATURE_MEMBERS
         self.corpus: str = self._metadata["corpus"]
         self.frame_size: int = self._metadata["frame_size"]
         self.shards: list[str] = [shard["name"] for shard in self._metadata["shards"]]
@@ -118,6 +123,10 @@ class Index:
 
     def signer(self, clip: int) -> str:
         return self._string("signer", clip)
+
+    def ids(self) -> list[str]:
+        """The id of every clip."""
+        return self._strings("id")
 
     def texts(self) -> list[str]:
         """The text of every clip."""
@@ -174,7 +183,14 @@ class Index:
         }
 
     def video_bytes(self, clip: int) -> bytes:
-        """The stored mp4 of a clip; InputError naming shard and clip if it is not the one that was indexed."""
+        """The stored mp4 of a clip; InputError naming shard and clip if it is not the one that was indexed, or if there
+        are features in its place."""
+        if self.features is not None:
+            raise InputError(f"{self.path} holds features, no video; give the shards that they are of")
+        return self.clip_bytes(clip)
+
+    def clip_bytes(self, clip: int) -> bytes:
+        """The stored mp4 or features of a clip; InputError as from ``video_bytes``."""
         data = self.files.read(*self._range(clip))
         # 0.1 ms for a clip that takes tens to decode: damage never turns into silently different frames.
         if hashlib.sha256(data).digest() != self.sha256[clip].tobytes():
@@ -189,6 +205,13 @@ class Index:
         """A clip as messages name it: file, key and id."""
         file = self.files.address(self.shards[self.shard[clip]])
         return f"{file}: clip {self.key(clip)} (id {self.id(clip)})"
+
+    def _features(self) -> Origin | None:
+        facts = self._metadata.get("features")
+        try:
+            return None if facts is None else Origin.from_json(facts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path} does not say what its features are made of ({error!r})") from None
 
     def _range(self, clip: int) -> tuple[str, int, int]:
         return self.shards[self.shard[clip]], int(self.offset[clip]), int(self.size[clip])
@@ -219,7 +242,9 @@ def open_index(folder: str | Path, split: str) -> Index:
     raise InputError(f"{folder} holds no index; expected a folder made by tools/make_shards.py")
 
 
-def write_index(folder: Path, split: str, shards: Iterable[Shard], *, corpus: str, frame_size: int) -> None:
+def write_index(
+    folder: Path, split: str, shards: Iterable[Shard], *, corpus: str, frame_size: int, features: Origin | None = None
+) -> None:
     """Write the index of these (non-empty) shards, at once or not at all; the same shards give the same bytes.
 
     Each shard's rows become columns as it comes and may go then: a million clips take well under a gigabyte.
@@ -258,11 +283,13 @@ def write_index(folder: Path, split: str, shards: Iterable[Shard], *, corpus: st
         "languages": languages,
         "shards": described,
     }
+    if features is not None:
+        metadata["features"] = features.to_json()
     write_columns(folder / f"{split}{SUFFIX}", columns, metadata)
 
 
 def record_crc32(record: bytes, mp4: int, size: int) -> tuple[int, int, int]:
-    """Checksums of the json, mp4 and txt members in a clip's part of a tar.
+    """Checksums of the json, mp4 (or safetensors) and txt members in a clip's part of a tar.
 
     mp4: where the mp4's content of ``size`` bytes begins in ``record``; a header of one block stands before each
     member's content, and padding to whole blocks behind it.

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sltscale.data.shards.features import Origin
 from sltscale.data.shards.index import write_index
 from sltscale.data.shards.parts import Part, Parts, begun_splits
 from sltscale.data.shards.report import write_shard_report
@@ -45,7 +46,13 @@ def merge_split(parts: Parts) -> Report:
     if report.packed:
         shards = (part.shard for part in _finished(parts, range(parts.count())) if part.shard.rows)
         settings = report.settings
-        write_index(parts.out, parts.split, shards, corpus=settings["corpus"], frame_size=settings["frame_size"])
+        features = Origin.from_json(settings["features"]) if "features" in settings else None
+        write_index(
+            *(parts.out, parts.split, shards),
+            corpus=settings["corpus"],
+            frame_size=settings["frame_size"],
+            features=features,
+        )
     return report
 
 

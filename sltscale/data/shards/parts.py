@@ -102,7 +102,7 @@ class Parts:
                 self._check_same(json.loads(json.dumps(settings)))
             elif self.split in packed_splits(self.out):
                 raise InputError(
-                    f"{self.out}: already holds split {self.split}, without parts/; give another --out or delete it"
+                    f"{self.out}: already holds split {self.split}, without parts/; choose another folder or delete it"
                 )
             reader = {"rejected": [asdict(row) for row in rejected], "notes": notes}
             write_atomically(self.folder / f"{self.split}.reader.json", json.dumps(reader, ensure_ascii=False))
@@ -158,16 +158,14 @@ class Parts:
                 path.unlink()
 
     def _check_same(self, settings: dict[str, Any]) -> None:
-        begun = self.settings()
-        if begun == settings:
+        begun, now = ({**s, **s.get("features", {})} for s in (self.settings(), settings))
+        if begun == now:
             return
-        name = next(n for n in sorted(settings.keys() | begun) if settings.get(n) != begun.get(n))
-        difference = f"with {name} {begun.get(name)!r}, now {settings.get(name)!r}"
+        name = next(n for n in sorted((now.keys() | begun.keys()) - {"features"}) if now.get(n) != begun.get(n))
+        difference = f"with {name} {begun.get(name)!r}, now {now.get(name)!r}"
         if name in ("clips", "clips_sha256"):
             difference = "from other annotations or videos"
-        raise InputError(
-            f"{self.out}: split {self.split} was begun {difference}; give another --out or delete the folder"
-        )
+        raise InputError(f"{self.out}: split {self.split} was begun {difference}; choose another folder or delete it")
 
 
 def begun_splits(out: Path) -> list[str]:

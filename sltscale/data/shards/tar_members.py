@@ -13,9 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sltscale.data.shards.index import BLOCK, MEMBERS, padded
+from sltscale.data.shards.index import BLOCK, FEATURE_MEMBERS, MEMBERS, padded
 
 LONGEST_HEADER = 1 << 20
+CLIP_SUFFIXES = (f".{MEMBERS[1]}", f".{FEATURE_MEMBERS[1]}")
 # Formats whose usual loaders run code that the file holds, or that webdataset decodes by its name alone.
 EXECUTABLE = frozenset(
     {"pkl", "pickle", "dill", "joblib", "pyd", "pth", "pt", "ckpt", "npy", "npz", "cls", "mp", "msg", "cbor", "ten"}
@@ -31,7 +32,8 @@ _END = bytes(BLOCK)
 
 @dataclass(frozen=True)
 class TarScan:
-    """clips: well-named mp4 members. foreign: counts of all that is not a clip's json, mp4 or txt, by reason."""
+    """clips: well-named mp4 or safetensors members. foreign: counts of all that is not a clip's json, one of these, or
+    txt, by reason."""
 
     clips: int
     foreign: dict[str, int]
@@ -71,7 +73,7 @@ def scan(path: Path) -> TarScan:
                 if reason := _reason(kind, name):
                     foreign[reason] += 1
                 else:
-                    clips += name.endswith(".mp4")
+                    clips += name.endswith(CLIP_SUFFIXES)
                 name, size = "", -1
             if end > total:
                 foreign["a member that the end of the file cuts off"] += 1
@@ -90,8 +92,8 @@ def _reason(kind: bytes, name: str) -> str:
     executable = [extension for extension in map(str.lower, extensions) if extension in EXECUTABLE]
     if executable:
         return f".{executable[-1]}, which loading may execute"
-    if len(extensions) != 1 or extensions[0] not in MEMBERS:
-        return "another extension than " + ", ".join(MEMBERS)
+    if len(extensions) != 1 or extensions[0] not in (*MEMBERS, *FEATURE_MEMBERS):
+        return "another extension than " + ", ".join(dict.fromkeys((*MEMBERS, *FEATURE_MEMBERS)))
     return "" if _KEY.match(key) else "a key that is not of 1-200 letters, digits, _ and -"
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from sltscale import parallel
-from sltscale.data.shards.index import BLOCK, MEMBERS, SUFFIX, Index, open_index, record_crc32, splits
+from sltscale.data.shards.index import BLOCK, SUFFIX, Index, open_index, record_crc32, splits
 from sltscale.data.shards.remote import THREADS, LocalShards, RemoteShards, shard_source
 from sltscale.data.shards.tar_members import scan
 from sltscale.errors import InputError
@@ -208,7 +208,9 @@ def _difference(index: Index, clip: int, record: bytes) -> str:
     if len(record) < end - begin:
         return _cut(end - begin - len(record))
     found = record_crc32(record, int(index.offset[clip]) - begin, int(index.size[clip]))
-    different = [member for member, a, b in zip(MEMBERS, found, index.crc32[clip].tolist(), strict=True) if a != b]
+    different = [
+        member for member, a, b in zip(index.members, found, index.crc32[clip].tolist(), strict=True) if a != b
+    ]
     return f"{', '.join(different)} not as indexed" if different else ""
 
 

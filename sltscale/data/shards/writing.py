@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,16 @@ from tqdm import tqdm
 from sltscale.data.clips import Clip, Cutting, Rejected
 from sltscale.data.corpora import read_corpus
 from sltscale.data.shards.forecast import Forecast, check_space, chosen_splits, forecast
-from sltscale.data.shards.index import BLOCK, Row, Shard, padded, record_crc32
 from sltscale.data.shards.merge import check_any_packed, merge_split, summarise
 from sltscale.data.shards.packing import packing
 from sltscale.data.shards.parts import Part, Parts
 from sltscale.data.shards.report import write_shard_report
 from sltscale.data.shards.split_report import Report
+from sltscale.data.shards.tars import Sample, write_tar
 from sltscale.data.video.encoding import PackedClip
 from sltscale.data.video.presets import PRESETS
 from sltscale.errors import InputError
 from sltscale.files import readable_bytes
-
-os.environ["WDS_SECURE"] = "1"  # read at import: no pickles, no shell pipes
-
-import webdataset
 
 CLIPS_PER_SHARD = 500
 KEY_LENGTH = 80
@@ -220,37 +216,25 @@ def _pack_split(job: _Job, cutting: Cutting, workers: int, progress: bool) -> No
     with bar, packing(clips, cutting, workers) as packed:
         for number in todo:
             chosen = [(clip, keys[clip.id]) for clip in job.shard(number)]
-            job.parts.write(number, _write_tar(job.parts.tar(number), chosen, packed, bar))
+            rejected: list[Rejected] = []
+            shard = write_tar(job.parts.tar(number), _samples(chosen, packed, rejected, bar))
+            job.parts.write(number, Part(shard, rejected))
 
 
-def _write_tar(tar: Path, clips: Sequence[tuple[Clip, str]], packed: Iterator[PackedClip | str], bar: Any) -> Part:
-    scratch = tar.with_name(f"{tar.name}.tmp")
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
-    try:
-        with scratch.open("w+b") as file:
-            with webdataset.TarWriter(file, user="root", group="root", mode=0o444, mtime=0) as writer:
-                for clip, key in clips:
-                    result = next(packed)
-                    if isinstance(result, PackedClip):
-                        rows.append(_write_clip(writer, clip, key, result))
-                    else:
-                        rejected.append(Rejected(clip.id, clip.line, result, clip.split, clip.file))
-                    bar.update()
-            file.flush()
-            os.fsync(file.fileno())
-            rows, size, digest = _with_checksums(rows, file)
-        if rows:
-            scratch.replace(tar)
+def _samples(
+    clips: Sequence[tuple[Clip, str]], packed: Iterator[PackedClip | str], rejected: list[Rejected], bar: Any
+) -> Iterator[Sample]:
+    """What goes into the tar; those that cannot be packed are added to ``rejected``."""
+    for clip, key in clips:
+        result = next(packed)
+        if isinstance(result, PackedClip):
+            yield _sample(clip, key, result)
         else:
-            tar.unlink(missing_ok=True)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return Part(Shard(tar.name, size, digest, rows), rejected)
+            rejected.append(Rejected(clip.id, clip.line, result, clip.split, clip.file))
+        bar.update()
 
 
-def _write_clip(writer: Any, clip: Clip, key: str, packed: PackedClip) -> Row:
-    begin = writer.tarstream.offset
+def _sample(clip: Clip, key: str, packed: PackedClip) -> Sample:
     facts = {
         "id": clip.id,
         "text": clip.text,
@@ -263,40 +247,18 @@ def _write_clip(writer: Any, clip: Clip, key: str, packed: PackedClip) -> Row:
         "start": None if clip.start is None else float(clip.start),
         "end": None if clip.end is None else float(clip.end),
     }
-    content = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
-    writer.write({"__key__": key, "json": content, "mp4": packed.data, "txt": clip.text.encode()})
-    return Row(
-        id=clip.id,
-        key=key,
-        text=clip.text,
-        language=clip.language,
-        frames=packed.frames,
-        fps=(packed.fps.numerator, packed.fps.denominator),
-        offset=begin + BLOCK + padded(len(content)) + BLOCK,
-        size=len(packed.data),
-        sha256=hashlib.sha256(packed.data).hexdigest(),
-        record=(begin, writer.tarstream.offset),
-        crc32=(0, 0, 0),
-        source=_source(clip),
-        signer=clip.signer,
-        resolution=(packed.width, packed.height),
-    )
-
-
-def _with_checksums(rows: Sequence[Row], file: Any) -> tuple[list[Row], int, str]:
-    """Rows with the checksums of what was really written, and size and sha256 of the whole tar."""
-    digest = hashlib.sha256()
-    summed = []
-    file.seek(0)
-    for row in rows:
-        record = file.read(row.record[1] - row.record[0])
-        mp4 = row.offset - row.record[0]
-        if hashlib.sha256(record[mp4 : mp4 + row.size]).hexdigest() != row.sha256:
-            raise AssertionError(f"{row.key}: the tar writer lays out its members differently")
-        digest.update(record)
-        summed.append(replace(row, crc32=record_crc32(record, mp4, row.size)))
-    digest.update(file.read())
-    return summed, file.tell(), digest.hexdigest()
+    columns = {
+        "id": clip.id,
+        "key": key,
+        "text": clip.text,
+        "language": clip.language,
+        "frames": packed.frames,
+        "fps": (packed.fps.numerator, packed.fps.denominator),
+        "source": _source(clip),
+        "signer": clip.signer,
+        "resolution": (packed.width, packed.height),
+    }
+    return Sample(facts, packed.data, columns)
 
 
 def _keys(ids: Sequence[str]) -> list[str]:

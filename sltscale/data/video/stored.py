@@ -22,6 +22,7 @@ from av.video.plane import VideoPlane
 from sltscale.data.video.limits import MAX_PIXELS, VideoError, decoder_reason
 from sltscale.data.video.samples import find_samples
 
+BLACK, COLOURLESS = 16, 128  # of Y; of U and V: ITU-R BT.601, limited range
 OPEN_DECODERS = 8  # kept by a process; clips of one corpus share one or two
 
 _decoders: OrderedDict[tuple[str, bytes], VideoCodecContext] = OrderedDict()
@@ -37,28 +38,63 @@ def decode_yuv(data: bytes, keep: Sequence[int], out: npt.NDArray[np.uint8], top
     """
     count, rows, width = out.shape
     height = rows * 2 // 3
-    luma = height * width
-    planes = out.reshape(count, -1)
-    # A row is one element: numpy then copies row by row in one loop, a quarter faster than a two-dimensional window.
-    row, half_row = np.dtype((np.void, width)), np.dtype((np.void, width // 2))
-    y_rows = planes[:, :luma].view(row)
-    u_rows = planes[:, luma : luma * 5 // 4].view(half_row)
-    v_rows = planes[:, luma * 5 // 4 :].view(half_row)
+    planes = _Planes(out.reshape(count, -1), height, width)
+    for done, frame in enumerate(_chosen(data, keep, top + height, left + width)):
+        planes.write(done, frame, top, left)
+
+
+def decode_pixels(
+    data: bytes, keep: Sequence[int], out: npt.NDArray[np.uint8], size: int, pixels: npt.NDArray[np.int64]
+) -> None:
+    """As ``decode_yuv``, but any pixels of the frames, which are size x size.
+
+    out: uint8 [T, n], contiguous. pixels [n]: places in planar YUV 4:2:0 of size x size, behind which stand BLACK and
+    COLOURLESS.
+    """
+    frame_bytes = size * size * 3 // 2
+    source = np.empty(frame_bytes + 2, np.uint8)
+    source[frame_bytes:] = BLACK, COLOURLESS
+    planes = _Planes(source[None, :frame_bytes], size, size)
+    for done, frame in enumerate(_chosen(data, keep, size, size)):
+        planes.write(0, frame, 0, 0)
+        np.take(source, pixels, out=out[done], mode="clip")  # the other modes go through a buffer
+
+
+class _Planes:
+    """uint8 [T, 3 h w / 2] that frames are written into.
+
+    A row is one element: numpy then copies row by row in one loop, a quarter faster than a two-dimensional window.
+    """
+
+    def __init__(self, frames: npt.NDArray[np.uint8], height: int, width: int) -> None:
+        luma = height * width
+        self.height = height
+        self.row, self.half_row = np.dtype((np.void, width)), np.dtype((np.void, width // 2))
+        self.y = frames[:, :luma].view(self.row)
+        self.u = frames[:, luma : luma * 5 // 4].view(self.half_row)
+        self.v = frames[:, luma * 5 // 4 :].view(self.half_row)
+
+    def write(self, number: int, frame: VideoFrame, top: int, left: int) -> None:
+        y, u, v = frame.planes
+        self.y[number, :] = _rows(y, self.row, self.height, top, left)
+        self.u[number, :] = _rows(u, self.half_row, self.height // 2, top // 2, left // 2)
+        self.v[number, :] = _rows(v, self.half_row, self.height // 2, top // 2, left // 2)
+
+
+def _chosen(data: bytes, keep: Sequence[int], height: int, width: int) -> Iterator[VideoFrame]:
+    """The frames ``keep`` as YUV 4:2:0; VideoError if there are fewer, or if they are smaller than height x width."""
     done = 0
     for number, frame in enumerate(_frames(data)):
-        if frame.height < top + height or frame.width < left + width:
-            raise VideoError(f"frames of {frame.width}x{frame.height} pixels; at least {left + width}x{top + height}")
-        while done < count and keep[done] == number:
+        if frame.height < height or frame.width < width:
+            raise VideoError(f"frames of {frame.width}x{frame.height} pixels; at least {width}x{height}")
+        while keep[done] == number:
             if frame.format.name != "yuv420p":
                 frame = frame.reformat(format="yuv420p", threads=1)
-            y, u, v = frame.planes
-            y_rows[done, :] = _rows(y, row, height, top, left)
-            u_rows[done, :] = _rows(u, half_row, height // 2, top // 2, left // 2)
-            v_rows[done, :] = _rows(v, half_row, height // 2, top // 2, left // 2)
+            yield frame
             done += 1
-        if done == count:
-            return
-    raise VideoError(f"holds fewer frames than expected: {done} of {count} could be decoded")
+            if done == len(keep):
+                return
+    raise VideoError(f"holds fewer frames than expected: {done} of {len(keep)} could be decoded")
 
 
 def decode_clip(data: bytes, keep: Sequence[int] | None = None) -> np.ndarray:
