@@ -7,10 +7,13 @@ train share, letters of another script, and what was rejected.
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -43,11 +46,27 @@ def write_shard_report(folder: Path) -> None:
     if not indexes and not reports:
         raise InputError(f"{folder} holds no index; expected a folder made by tools/make_shards.py")
     facts = shard_facts(indexes, reports)
+    pictures = page(facts, _thumbnails(indexes))
     try:
-        write_atomically(folder / "report.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(folder / "report.html", page(facts, _thumbnails(indexes)))
+        with _one_at_a_time(folder):
+            for scratch in folder.glob("report.*.tmp"):  # of one that was killed
+                scratch.unlink()
+            write_atomically(folder / "report.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(folder / "report.html", pictures)
     except OSError as error:
         raise InputError(f"{folder}: the report cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Splits may be packed side by side. Where a folder cannot be locked, their last one writes the report again."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def shard_facts(indexes: Mapping[str, Index], reports: Sequence[Report]) -> dict[str, Any]:
