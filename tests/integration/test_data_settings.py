@@ -59,6 +59,7 @@ def test_a_mixture_takes_every_corpus_and_goes_on_exactly(corpus, launcher: Laun
     assert losses(train(launcher, recipe, run, "--train.epochs", "1")) == losses(whole)
 
 
+@pytest.mark.slow
 def test_shards_behind_a_url_train_as_those_of_a_folder(
     corpus, launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def test_a_signal_to_one_rank_under_torchrun(corpus, environment: dict[str, str]
     assert (run / f"checkpoints/step-{stopped['step']:08d}/MANIFEST.json").is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_the_whole_group_leaves_a_loadable_checkpoint(corpus, launcher: Launcher, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = launcher.start(TRAIN, arguments(corpus, run), 2, ROOT)

@@ -44,6 +44,7 @@ def options(corpus, run: Path, stage: int, language_model: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_adapters_in_a_published_decoder_only_model(
     corpus, launcher: Launcher, command: Command, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_every_frame_of_the_bare_decoder_passes_the_stream(packed: Packed) -> No
             assert difference.mean() < 12, clip  # crf 23, 4:2:0
 
 
+@pytest.mark.slow
 def test_published_sizes_take_steps_on_it(packed: Packed, launcher: Launcher, tmp_path: Path) -> None:
     run = tmp_path / "c2rl_pretrain"
     arguments = ["--deepspeed", str(ROOT / "ds_configs/zero2.json"), "--recipe", "c2rl_pretrain", "--run", str(run)]
@@ -109,6 +110,7 @@ def test_published_sizes_take_steps_on_it(packed: Packed, launcher: Launcher, tm
     assert records[1]["loss"] < records[0]["loss"]
 
 
+@pytest.mark.slow
 def test_translate_real_files(packed: Packed, launcher: Launcher, command: Command, tmp_path: Path) -> None:
     recipes = write_recipes(tmp_path, packed.shards)
     run = tmp_path / "run"
