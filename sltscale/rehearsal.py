@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from sltscale.data.synthetic.demo import ensure_synthetic_shards
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
 from sltscale.engine import checkpoint, fragments, loop
 from sltscale.engine.deepspeed_engine import build_engine, start_processes
-from sltscale.engine.deepspeed_json import read_deepspeed_json
 from sltscale.engine.optim import parameter_groups
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StopRequest
@@ -44,22 +43,17 @@ from sltscale.errors import InputError
 from sltscale.methods import export
 from sltscale.methods.base import Vocabulary, build_method
 from sltscale.miniature import STEPS, SYNTHETIC_SIZE, tiny_recipe, without_published_weights
-from sltscale.stages import Stage, check_stages, lexicon_of, plan_stages
+from sltscale.stages import Stage, lexicon_of
 
 SENTENCES = 20_000  # that a tokenizer is learnt from
 
 
-def rehearse(
-    deepspeed_path: Path, recipe_name: str, overrides: Sequence[str], run_folder: Path | None, ranks: int | None
-) -> None:
-    """Try the recipe and what it starts from; prints a few lines about each. ranks: of the real run, default as now.
+def rehearse(stages: list[Stage], deepspeed_json: dict[str, Any], ranks: int | None) -> None:
+    """Try the checked stages; prints a few lines about each. ranks: of the real run, default as now.
 
     Raises InputError for whatever training would refuse, and NotSavedError or NonFiniteError as training does.
     """
     began = time.perf_counter()
-    deepspeed_json = read_deepspeed_json(deepspeed_path)
-    stages = plan_stages(recipe_name, overrides, run_folder)
-    check_stages(stages)
     device = start_processes()
     with _temporary() as temporary, Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
         watchdog.watch("the dry run")

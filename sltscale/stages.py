@@ -29,7 +29,6 @@ from sltscale.data.word_vectors import Vectors, corpus_vectors
 from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, start_processes
-from sltscale.engine.deepspeed_json import read_deepspeed_json
 from sltscale.engine.finished import default_device, whole_weights
 from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.engine.run_folder import RunFolder
@@ -45,7 +44,7 @@ from sltscale.files import write_atomically
 from sltscale.methods import export
 from sltscale.methods.attention import check_attention, set_attention
 from sltscale.methods.encoder import save_encoder
-from sltscale.recipe_files import nearest, recipe_chain
+from sltscale.recipe_files import nearest
 
 Scores = dict[str, Any]
 HEADLINES = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "t2v_recall@1", "v2t_recall@1", "t2v_recall@5")
@@ -64,15 +63,12 @@ class StoppedError(Exception):
     """A signal asked the run to stop; its state is saved."""
 
 
-def run(deepspeed_path: Path, recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> None:
-    """Train the recipe and what it starts from, print the table. Everything that can be refused is, before work starts.
+def run(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
+    """Train the stages one after the other, print the table. Everything that can be refused is, before work starts.
 
     Raises InputError for bad input, StoppedError when a signal ended it with its state saved.
     """
     began = time.perf_counter()
-    deepspeed_json = read_deepspeed_json(deepspeed_path)
-    stages = plan_stages(recipe_name, overrides, run_folder)
-    check_stages(stages)
     with Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
         _run_stages(stages, deepspeed_json, watchdog, began)
 
@@ -141,10 +137,10 @@ def _weights_dtype(deepspeed_json: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if deepspeed_json.get("bf16", {}).get("enabled") else torch.float32
 
 
-def plan_stages(recipe_name: str, overrides: Sequence[str], run_folder: Path | None) -> list[Stage]:
-    """The recipe last, before it the one it starts from, before that that one's (``recipe_chain``)."""
+def plan_stages(chain: Sequence[tuple[config.Recipe, Path]]) -> list[Stage]:
+    """Of a ``recipe_chain``, in its order."""
     stages: list[Stage] = []
-    for recipe, path in recipe_chain(recipe_name, overrides, run_folder):
+    for recipe, path in chain:
         if recipe.start is not None and recipe.start.run is not None:
             starts_from: Path | None = Path(recipe.start.run) / "export"
         else:  # where it starts from a recipe, that one's stage is the one before

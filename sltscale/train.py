@@ -17,71 +17,72 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
-import signal
 import time
 from collections.abc import Sequence
 
 from sltscale import launching
+from sltscale.engine.signals import EXIT_STOPPED, HeldSignals, leave
 from sltscale.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # as SIGINT: a job may be told to end while it is starting
-        signal.signal(number, signal.default_int_handler)
+    held = HeldSignals()
     try:
-        place = launching.here()
-        # What can be known of recipe and settings before the imports below, which take seconds.
-        from sltscale.engine.deepspeed_json import read_deepspeed_json
-        from sltscale.recipe_files import check_ranks, recipe_chain
-
-        read_deepspeed_json(options.deepspeed)
-        chain = recipe_chain(options.recipe, overrides, options.run)
-        if not options.dry_run:
-            check_ranks(chain, place.world_size)
+        return _start(options, overrides, held)
     except InputError as error:
-        _report(str(error))
+        _report(str(error), held)
         return 2
-    if options.dry_run:
+    except KeyboardInterrupt:  # outside of the training steps, where a signal is a request
+        return EXIT_STOPPED
+
+
+def _start(options: argparse.Namespace, overrides: list[str], held: HeldSignals) -> int:
+    """InputError for whatever can be refused."""
+    place = launching.here()
+    # What can be known of recipe and settings before the imports below, which take seconds.
+    from sltscale.engine.deepspeed_json import read_deepspeed_json
+    from sltscale.recipe_files import check_ranks, recipe_chain
+
+    deepspeed_json = read_deepspeed_json(options.deepspeed)
+    chain = recipe_chain(options.recipe, overrides, options.run)
+    if not options.dry_run:
+        check_ranks(chain, place.world_size)
+    else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported
-    # Pages of 2 MiB for tensors on a CPU, a fifth off a step there (docs/performance.md); torch reads it once.
+    # Pages of 2 MiB for tensors on a CPU: a fifth off the ResNet's time (docs/performance.md); torch reads it once.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here: the data workers import this file as their main module and need none of it.
-    from sltscale import stages
+    from sltscale import rehearsal, stages
     from sltscale.engine.checkpoint import NotSavedError
     from sltscale.engine.finite import NonFiniteError
     from sltscale.engine.run_folder import FencedError
-    from sltscale.engine.signals import EXIT_STOPPED
 
+    planned = stages.plan_stages(chain)
+    stages.check_stages(planned)
+    held.heed()
     try:
         if options.dry_run:
-            from sltscale import rehearsal
-
-            ranks = options.nodes * options.gpus if options.gpus else None
-            rehearsal.rehearse(options.deepspeed, options.recipe, overrides, options.run, ranks)
+            rehearsal.rehearse(planned, deepspeed_json, options.nodes * options.gpus if options.gpus else None)
         else:
-            stages.run(options.deepspeed, options.recipe, overrides, options.run)
-    except InputError as error:
-        _report(str(error))
-        return 2
+            stages.run(planned, deepspeed_json)
     except stages.StoppedError as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if place.rank == 0:
             print(stopped, flush=True)
         return EXIT_STOPPED
     except (NonFiniteError, NotSavedError, FencedError) as error:
-        _report(str(error))
+        _report(str(error), held)
         return 1
-    except KeyboardInterrupt:  # outside of the training steps, where a signal is a request
-        return EXIT_STOPPED
     return 0
 
 
-def _report(error: str) -> None:
+def _report(error: str, held: HeldSignals) -> None:
     """One line, from rank 0. Mostly all ranks find the same fault, and the launcher ends the others when rank 0 is
     gone; another rank that is still there after a while was alone with it, and speaks."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         try:
+            held.heed()
             time.sleep(5)
         except KeyboardInterrupt:  # ended by the launcher: rank 0 has spoken
             return
@@ -119,7 +120,4 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    from sltscale.engine.signals import leave
-
-    leave(exit_code)
+    leave(main())

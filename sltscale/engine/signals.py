@@ -5,10 +5,37 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and can go on
+
+
+class HeldSignals:
+    """While a rank checks what it was given, SIGTERM and SIGUSR1 are held; from ``heed`` on they interrupt as SIGINT.
+
+    All ranks find the same fault, one of them first, and the launcher then ends the others. Of the ranks of a step srun
+    reports the highest exit code: one that were interrupted before it finds the fault itself would hide the 2.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        self._set(self._hold)
+
+    def heed(self) -> None:
+        """Raises KeyboardInterrupt if there was one already."""
+        self._set(signal.default_int_handler)
+        if self._received:
+            raise KeyboardInterrupt
+
+    def _hold(self, _number: int, _frame: FrameType | None) -> None:
+        self._received = True
+
+    @staticmethod
+    def _set(handler: Callable[[int, FrameType | None], None]) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, handler)
 
 
 class StopRequest:

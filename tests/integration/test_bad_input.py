@@ -4,10 +4,14 @@ import fcntl
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from launching import ROOT, Launcher
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -155,6 +159,43 @@ def test_a_second_start_on_a_run_folder_in_use(command: Command, corpus, tmp_pat
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = refusal(train(command, "--recipe", corpus.pretrain, "--run", run))
     assert "in use by process 7 on that host" in line
+
+
+@pytest.mark.parametrize(("in_use", "code"), [(True, 2), (False, 75)])
+def test_a_rank_that_is_ended_while_it_starts(
+    in_use: bool, code: int, corpus, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Rank 0 is gone with the fault that all find; ended for it, the others end with its exit code and say nothing."""
+    run = tmp_path / "run"
+    run.mkdir()
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    arguments = ["--deepspeed", str(ZERO2), "--recipe", str(corpus.pretrain), "--run", str(run)]
+    with (run / "lock").open("w") as lock:
+        if in_use:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "sltscale/train.py"), *arguments],
+            cwd=ROOT,
+            env=environment | place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            while not catches(process.pid, signal.SIGTERM):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.terminate()
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    lines = [line for line in output.splitlines() if "real_accelerator" not in line]
+    assert (process.returncode, lines) == (code, [])
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
 
 
 def test_lengths_that_no_model_position_could_hold(command: Command, corpus, tmp_path: Path) -> None:

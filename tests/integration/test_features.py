@@ -37,7 +37,7 @@ from sltscale.evaluation.splits import evaluate_split
 from sltscale.extraction import encoder_of_features
 from sltscale.methods import export
 from sltscale.methods.encoder import build_encoder, encoder_digest, read_encoder
-from sltscale.recipe_files import load_recipe
+from sltscale.recipe_files import load_recipe, recipe_chain
 from sltscale.stages import check_stages, plan_stages
 
 TRAIN = ROOT / "sltscale/train.py"
@@ -320,9 +320,13 @@ def test_settings_that_do_not_go_together(recipes: FeatureRecipes, tmp_path: Pat
     with pytest.raises(InputError, match="for methods translation and retrieval, not c2rl"):
         load_recipe("c2rl_pretrain", ["--data.features", "x", "--data.augment", "off"])
     with pytest.raises(InputError, match=r"has data.features elsewhere, but tiny_features, .*, writes "):
-        check_stages(plan_stages(str(recipes.translate), ["--data.features", "elsewhere"], tmp_path / "run"))
+        check(recipes.translate, tmp_path, "--data.features", "elsewhere")
     with pytest.raises(InputError, match=r"takes its encoder from a run; set start"):
-        check_stages(plan_stages(str(recipes.write), ["--start", "none"], tmp_path / "run"))
+        check(recipes.write, tmp_path, "--start", "none")
+
+
+def check(recipe: Path, folder: Path, *overrides: str) -> None:
+    check_stages(plan_stages(recipe_chain(str(recipe), overrides, folder / "run")))
 
 
 def test_the_commands_say_no_in_one_line(recipes: FeatureRecipes, run: Path, command: Command, tmp_path: Path) -> None:

@@ -191,6 +191,14 @@ def test_pictures(html: str) -> None:
         assert all(0 <= float(bar.get("y")) <= 160 and float(bar.get("height")) >= 0 for bar in bars)
 
 
+def test_what_a_killed_report_left_is_cleared(shards: Path) -> None:
+    before = (shards / "report.html").read_bytes()
+    (shards / "report.html.1.tmp").write_text("half of it")
+    write_shard_report(shards)
+    assert not list(shards.glob("*.tmp"))
+    assert (shards / "report.html").read_bytes() == before
+
+
 def test_a_clip_that_cannot_be_read_is_shown_as_such(shards: Path, tmp_path: Path) -> None:
     for path in shards.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -48,8 +48,8 @@ def write_shard_report(folder: Path) -> None:
     facts = shard_facts(indexes, reports)
     pictures = page(facts, _thumbnails(indexes))
     try:
-        with _one_at_a_time(folder):
-            for scratch in folder.glob("report.*.tmp"):  # of one that was killed
+        with _alone(folder) as alone:
+            for scratch in folder.glob("report.*.tmp") if alone else ():  # of one that was killed
                 scratch.unlink()
             write_atomically(folder / "report.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
             write_atomically(folder / "report.html", pictures)
@@ -58,13 +58,16 @@ def write_shard_report(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Splits may be packed side by side. Where a folder cannot be locked, their last one writes the report again."""
+def _alone(folder: Path) -> Iterator[bool]:
+    """Splits may be packed side by side: waits for whoever writes the report. False where a folder cannot be locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(descriptor)
 
