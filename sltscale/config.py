@@ -29,6 +29,7 @@ from sltscale.method_settings import (  # noqa: F401 - the whole tree can be had
     PackedVisualSettings,
     ResNetSettings,
     RetrievalSettings,
+    SentenceEncoderSettings,
     TextDecoderSettings,
     TextEncoderSettings,
     TokenContrastSettings,

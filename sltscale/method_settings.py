@@ -148,10 +148,15 @@ class PackedVisualSettings(Settings):
         return -(-frames // 4) + 1
 
 
-class TextEncoderSettings(TransformerSettings):
+class SentenceEncoderSettings(TransformerSettings):
     """The encoder of an mBART. pretrained: folder or hub name of one whose encoder and sizes it takes."""
 
     pretrained: str | None = None
+
+
+class TextEncoderSettings(SentenceEncoderSettings):
+    """One of mBART-large's size."""
+
     layers: Positive = 12
     width: Positive = 1024
     heads: Positive = 16
@@ -230,8 +235,16 @@ class GFSLTSettings(Settings):
 
 
 class TokenContrastSettings(Settings):
-    """Of CLCL, see losses.contrastive. max_logit_scale: ceiling of the learned factor (CiCo 100)."""
+    """Of CLCL, see losses.contrastive. max_logit_scale: ceiling of the learned factor (CiCo 100); initial_temperature:
+    1 / what it starts from (CiCo 0.01, the end of CLIP's training).
 
+    group_size: as in GFSLTVLPSettings; C2RL leaves open whether its GPUs, with 8 clips each, compared theirs alone.
+    special_tokens: </s> and language code are compared too, as CiCo's first and last token are.
+    """
+
+    group_size: Annotated[int, Field(ge=2)] | None = None
+    special_tokens: bool = True
+    initial_temperature: Annotated[float, Field(gt=0)] = 0.07
     inner_temperature: Annotated[float, Field(gt=0)] = 0.07
     mask_inner: bool = True
     mix: Literal["sum2", "cico4"] = "sum2"
@@ -239,18 +252,26 @@ class TokenContrastSettings(Settings):
 
 
 class C2RLSettings(TokenContrastSettings):
-    """C2RL pretraining (arXiv 2408.09949): L = alpha L_con + beta L_lm."""
+    """C2RL pretraining (arXiv 2408.09949): L = alpha L_con + beta L_lm.
+
+    text_encoder: of another width than the visual tokens, it gets a linear layer behind it. share_embeddings: it has
+    one token embedding with the decoder; tied: the decoder's embedding and output layer are one matrix.
+    """
 
     name: Literal["c2rl"]
     visual: VisualSettings = VisualSettings()
-    text_encoder: TransformerSettings = TransformerSettings()
+    text_encoder: SentenceEncoderSettings = SentenceEncoderSettings()
     text_decoder: TransformerSettings = TransformerSettings()
+    share_embeddings: bool = False
+    tied: bool = False
     alpha: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Share = 0.2
 
     def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
         towers = {"text_encoder": self.text_encoder, "text_decoder": self.text_decoder}
+        if self.text_encoder.pretrained is not None:
+            del towers["text_encoder"]
         return [
             ("data.max_frames", frames, "visual.transformer", self.visual.transformer.max_positions),
             *(("text.max_tokens", tokens, name, tower.max_positions) for name, tower in towers.items()),
@@ -261,7 +282,8 @@ class TranslationSettings(Settings):
     """Visual encoder, linear projection, language model, trained end to end.
 
     lora: the language model is frozen but for adapters in its linear layers that are called one of lora_modules (none:
-    queries, keys, values and outputs of attention, by the model's own names for them).
+    queries, keys, values and outputs of attention, by the model's own names for them). source_tokens: mBART's encoder
+    reads </s> and the language code behind the video, as in MMTLB (arXiv 2203.04287).
     """
 
     name: Literal["translation"]
@@ -269,11 +291,19 @@ class TranslationSettings(Settings):
     language_model: AnyLanguageModelSettings = LanguageModelSettings()
     lora: LoraSettings | None = None
     lora_modules: tuple[str, ...] = ()
+    source_tokens: bool = False
     label_smoothing: Share = 0.2
+
+    @model_validator(mode="after")
+    def _has_source_tokens(self) -> TranslationSettings:
+        if self.source_tokens and not isinstance(self.language_model, LanguageModelSettings):
+            raise ValueError(f"source_tokens are mBART's, not of a language model {self.language_model.architecture}")
+        return self
 
     def lengths(self, frames: int, tokens: int, generated: int) -> list[Length]:
         visual = ("data.max_frames", frames, "visual.transformer", self.visual.transformer.max_positions)
-        return [visual, *self.language_model.lengths("data.max_frames", frames, tokens, generated)]
+        key, read = ("data.max_frames + 2", frames + 2) if self.source_tokens else ("data.max_frames", frames)
+        return [visual, *self.language_model.lengths(key, read, tokens, generated)]
 
 
 class RetrievalSettings(TokenContrastSettings):

@@ -75,12 +75,14 @@ def clcl_pair_loss(
     temperature: float = 0.07,
     mask_inner: bool = True,
     mix: Literal["sum2", "cico4"] = "sum2",
+    groups: Tensor | None = None,
     anchors: slice = slice(None),
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> LossOutput:
     """``clcl_loss`` of the similarities of N pairs, without ever holding all of them.
 
-    video [N, I, D], text [N, J, D] and the other arguments as ``clcl_similarity`` and ``clcl_loss`` take them.
+    video [N, I, D], text [N, J, D] and the other arguments as ``clcl_similarity`` and ``clcl_loss`` take them; groups
+    and anchors as ``clip_loss``.
     """
     own = torch.arange(len(video), device=video.device)[anchors]
 
@@ -96,13 +98,18 @@ def clcl_pair_loss(
         )
 
     def anchor_losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        others = None if groups is None else groups[rows, None] != groups[None]
+
+        def candidates(logits: Tensor) -> Tensor:
+            return logits if others is None else logits.masked_fill(others, torch.finfo(logits.dtype).min)
+
         whole = slice(None)
-        of_videos, of_texts = similarity(rows, whole), similarity(whole, rows)
-        video_anchors, text_anchors = _cross_entropy(of_videos[0], rows), _cross_entropy(of_texts[1].T, rows)
-        loss = video_anchors + text_anchors
+        of_videos = [candidates(logits) for logits in similarity(rows, whole)]
+        of_texts = [candidates(logits.T) for logits in similarity(whole, rows)]
+        loss = _cross_entropy(of_videos[0], rows) + _cross_entropy(of_texts[1], rows)
         if mix == "cico4":
-            loss = (loss + _cross_entropy(of_texts[0].T, rows) + _cross_entropy(of_videos[1], rows)) / 4
-        return loss, (of_videos[0].argmax(1) == rows).sum(), (of_texts[1].argmax(0) == rows).sum()
+            loss = (loss + _cross_entropy(of_texts[0], rows) + _cross_entropy(of_videos[1], rows)) / 4
+        return loss, (of_videos[0].argmax(1) == rows).sum(), (of_texts[1].argmax(1) == rows).sum()
 
     elements = len(video) * (video.shape[1] * text.shape[1]) * 2
     return _sum_in_chunks(anchor_losses, own, elements, chunk_elements)

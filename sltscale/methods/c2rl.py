@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltscale.config import C2RLSettings
 from sltscale.errors import InputError
@@ -34,11 +34,18 @@ class C2RL(TokenContrast):
         self.settings: C2RLSettings = settings
         self.vocabulary = vocabulary
         self.visual = VisualEncoder(settings.visual)
+        self.text_projection: nn.Linear | None = None
         if "contrastive" in self.weights:
             self.text_encoder = TextEncoder(settings.text_encoder, vocabulary)
-            self.logit_scale = LogitScale(settings.max_logit_scale)
+            if self.text_encoder.width != self.visual.width:
+                self.text_projection = nn.Linear(self.text_encoder.width, self.visual.width)
+            self.logit_scale = LogitScale(settings.max_logit_scale, settings.initial_temperature)
         if "lm" in self.weights:
             self.text_decoder = TextDecoder(settings.text_decoder, vocabulary)
+            if settings.share_embeddings:
+                self.text_decoder.blocks.embed_tokens.weight = self._shared_embedding(settings)
+            if settings.tied:
+                self.text_decoder.lm_head.weight = self.text_decoder.blocks.embed_tokens.weight
 
     def encode(
         self, batch: VideoBatch, text: TextBatch, *, features_only: bool
@@ -46,7 +53,7 @@ class C2RL(TokenContrast):
         video, video_mask = self.encode_video(batch.frames)
         features, losses = Features(), {}
         if "contrastive" in self.weights:
-            features = self.compared_features(video, video_mask, text)
+            features = self.compared_features(video, video_mask, text, batch.ids)
         if "lm" in self.weights and not features_only:
             decoder_ids, labels = teacher_forcing(text, self.vocabulary)
             logits = self.text_decoder(decoder_ids, video, video_mask)
@@ -58,6 +65,21 @@ class C2RL(TokenContrast):
         tokens: Ragged = self.visual(frames)
         return tokens.to_padded()
 
+    def encode_text(self, text: TextBatch) -> tuple[Tensor, Tensor]:
+        hidden, mask = super().encode_text(text)
+        return hidden if self.text_projection is None else self.text_projection(hidden), mask
+
+    def _shared_embedding(self, settings: C2RLSettings) -> nn.Parameter:
+        if "contrastive" not in self.weights:
+            raise InputError("method.share_embeddings is set, but with alpha 0 there is no text encoder to share with")
+        shared: nn.Parameter = self.text_encoder.blocks.embed_tokens.weight
+        if self.text_encoder.width != settings.text_decoder.width:
+            raise InputError(
+                f"method.share_embeddings: the text encoder's width is {self.text_encoder.width}, "
+                f"method.text_decoder.width {settings.text_decoder.width}; one embedding needs the same number"
+            )
+        return shared
+
     def counts(self, text: TextBatch) -> dict[str, Tensor]:
         clips, tokens = torch.tensor(len(text.input_ids), device=text.input_ids.device), text.attention_mask.sum()
         return {part: count for part, count in (("contrastive", clips), ("lm", tokens)) if part in self.weights}
@@ -66,11 +88,9 @@ class C2RL(TokenContrast):
 def _check(settings: C2RLSettings, weights: dict[str, float]) -> None:
     if not weights:
         raise InputError("method.alpha and method.beta are both 0; at least one loss must have a weight")
-    width = settings.visual.transformer.width
-    towers = {"text_encoder": settings.text_encoder, "text_decoder": settings.text_decoder}
-    for name, part in (("text_encoder", "contrastive"), ("text_decoder", "lm")):
-        if part in weights and towers[name].width != width:
-            raise InputError(
-                f"method.{name}.width is {towers[name].width}, method.visual.transformer.width {width}; "
-                f"C2RL compares and attends to visual tokens directly: set both to the same number"
-            )
+    width, own = settings.visual.transformer.width, settings.text_decoder.width
+    if "lm" in weights and own != width:
+        raise InputError(
+            f"method.text_decoder.width is {own}, method.visual.transformer.width {width}; "
+            f"the decoder attends to visual tokens directly: set both to the same number"
+        )

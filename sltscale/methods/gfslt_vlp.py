@@ -6,7 +6,6 @@ Letters: A and B videos and sentences, N clips of the global batch, M and L thei
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 
 import torch
@@ -19,13 +18,12 @@ from sltscale.errors import InputError
 from sltscale.losses.contrastive import clip_loss
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Encode, RetrievalMethod, Vocabulary
+from sltscale.methods.groups import clip_keys, gathered_groups
 from sltscale.models.language import TextDecoder, TextEncoder, load_decoder_start
 from sltscale.models.layers import LogitScale
 from sltscale.models.mbart import teacher_forcing
 from sltscale.models.visual import PackedVisualEncoder
 from sltscale.structures import Features, LossOutput, Ragged, TextBatch, VideoBatch
-
-MIXING = (-4658895280553007687, -7723592293110705685)  # of SplitMix64, as signed numbers
 
 
 class GFSLTVLP(RetrievalMethod):
@@ -80,7 +78,7 @@ class GFSLTVLP(RetrievalMethod):
         video, sentence = self._video(batch.frames), self._sentence(text)
         rows = {"video": video, "text": sentence}
         if self.settings.group_size is not None:
-            rows["key"] = torch.tensor([_key(clip) for clip in batch.ids], device=video.device)
+            rows["key"] = clip_keys(batch.ids, video.device)
         losses = {}
         if "masked_lm" in self.weights and not features_only:
             given = text if text.masked is None else text.masked
@@ -98,9 +96,7 @@ class GFSLTVLP(RetrievalMethod):
         pairs, _, own = parallel.gather(pairs, torch.ones_like(pairs[..., 0]))
         groups = None
         if self.settings.group_size is not None:
-            key = rows["key"][:, None]
-            keys, _, _ = parallel.gather(key[..., None], torch.ones_like(key))
-            groups = group_clips(keys[:, 0, 0], self.settings.group_size)
+            groups = gathered_groups(rows["key"], self.settings.group_size)
         loss = clip_loss(pairs[:, 0], pairs[:, 1], scale, targets=self.settings.targets, groups=groups, anchors=own)
         metrics = {**loss.metrics, "logit_scale": scale.detach()[0]}
         return {"contrastive": LossOutput(loss.loss_sum, loss.count, metrics)}
@@ -131,21 +127,6 @@ class GFSLTVLP(RetrievalMethod):
         hidden: Tensor = self.text_encoder(text.input_ids, text.attention_mask)
         last = text.attention_mask.sum(1) - 1  # the language code; GFSLT-VLP finds it as the largest id
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-
-def group_clips(keys: Tensor, size: int) -> Tensor:
-    """Group numbers [N] of a global batch's clips, whose keys are int64 [N]: N // size random groups of nearly equal
-    size, at least one; a function of the set of clips, whatever order the ranks bring them in."""
-    mixed = keys ^ keys.sum()  # clips that meet in one global batch must not do so in every one that holds both
-    for factor in MIXING:
-        mixed = mixed * factor
-        mixed = mixed ^ (mixed >> 29)
-    place = mixed.argsort().argsort()
-    return place * max(1, len(keys) // size) // len(keys)
-
-
-def _key(clip: str) -> int:
-    return int.from_bytes(hashlib.blake2b(clip.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _as_sequence(vectors: Tensor) -> tuple[Tensor, Tensor]:

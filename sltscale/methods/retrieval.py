@@ -31,12 +31,12 @@ class Retrieval(TokenContrast):
         self.video_encoder = TextEncoder(settings.encoder, vocabulary).blocks
         del self.video_encoder.embed_tokens  # never read when vectors come in
         self.unread_embeddings = {"video_encoder": vocabulary.size * width}
-        self.logit_scale = LogitScale(settings.max_logit_scale)
+        self.logit_scale = LogitScale(settings.max_logit_scale, settings.initial_temperature)
 
     def encode(
         self, batch: VideoBatch, text: TextBatch, *, features_only: bool
     ) -> tuple[dict[str, LossOutput], Features]:
-        return {}, self.compared_features(*self.encode_video(batch.frames), text)
+        return {}, self.compared_features(*self.encode_video(batch.frames), text, batch.ids)
 
     def encode_video(self, frames: Ragged) -> tuple[Tensor, Tensor]:
         tokens: Ragged = self.visual(frames)

@@ -5,6 +5,8 @@ Letters: A and B videos and sentences, I and J their tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,12 @@ from sltscale.config import TokenContrastSettings
 from sltscale.errors import InputError
 from sltscale.losses.contrastive import clcl_pair_loss, clcl_similarity
 from sltscale.methods.base import RetrievalMethod
+from sltscale.methods.groups import clip_keys, gathered_groups
 from sltscale.models.language import TextEncoder
 from sltscale.models.layers import LogitScale
 from sltscale.structures import Features, LossOutput, TextBatch
 
+SPECIAL_TOKENS = 2  # that end a sentence: </s> and language code
 SIMILARITY_ELEMENTS = 2**24  # of the [A, I, B, J] cosines held at a time when all pairs are compared (64 MiB)
 
 
@@ -30,10 +34,12 @@ class TokenContrast(RetrievalMethod):
     text_encoder: TextEncoder
     logit_scale: LogitScale
 
-    def compared_features(self, video: Tensor, video_mask: Tensor, text: TextBatch) -> Features:
-        """What clips are compared by: visual tokens, those of their sentences, and the learned factor."""
+    def compared_features(self, video: Tensor, video_mask: Tensor, text: TextBatch, clips: Sequence[str]) -> Features:
+        """What clips of these ids are compared by: visual tokens, those of their sentences, and the learned factor."""
         sentence, sentence_mask = self.encode_text(text)
         rows = {"video": video, "video_mask": video_mask, "text": sentence, "text_mask": sentence_mask}
+        if self.settings.group_size is not None:
+            rows["key"] = clip_keys(clips, video.device)
         return Features(rows, {"scale": self.logit_scale()})
 
     def contrast(self, features: Features) -> dict[str, LossOutput]:
@@ -46,6 +52,7 @@ class TokenContrast(RetrievalMethod):
         text, text_mask, _ = parallel.gather(rows["text"] * rows["text_mask"][..., None], rows["text_mask"])
         video, video_mask, own = parallel.gather(rows["video"] * rows["video_mask"][..., None], rows["video_mask"])
         settings = self.settings
+        groups = None if settings.group_size is None else gathered_groups(rows["key"], settings.group_size)
         loss = clcl_pair_loss(
             video,
             text,
@@ -55,15 +62,22 @@ class TokenContrast(RetrievalMethod):
             temperature=settings.inner_temperature,
             mask_inner=settings.mask_inner,
             mix=settings.mix,
+            groups=groups,
             anchors=own,
         )
         metrics = {**loss.metrics, "logit_scale": scale.detach()[0]}
         return {"contrastive": LossOutput(loss.loss_sum, loss.count, metrics)}
 
     def encode_text(self, text: TextBatch) -> tuple[Tensor, Tensor]:
-        """(text tokens [B, J, D], mask bool [B, J]), </s> and language code among them."""
+        """(text tokens [B, J, D], mask bool [B, J]); the mask holds </s> and language code unless the settings leave
+        them out of the comparison."""
         self._require_contrastive()
-        return self.text_encoder(text.input_ids, text.attention_mask), text.attention_mask.bool()
+        mask = text.attention_mask.bool()
+        hidden = self.text_encoder(text.input_ids, text.attention_mask)
+        if not self.settings.special_tokens:
+            steps = torch.arange(mask.shape[1], device=mask.device)
+            mask = steps < mask.sum(1, keepdim=True) - SPECIAL_TOKENS
+        return hidden, mask
 
     @torch.no_grad()
     def similarity(self, video: Tensor, video_mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:

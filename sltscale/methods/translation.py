@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sltscale.config import AnyLanguageModelSettings, CausalSettings, MT5Settings, TranslationSettings
+from sltscale.config import CausalSettings, MT5Settings, TranslationSettings
 from sltscale.losses.seq2seq import IGNORED, label_smoothed_cross_entropy
 from sltscale.methods.base import Method, Vocabulary
 from sltscale.models.causal import PrefixCoupling, build_causal
@@ -49,16 +49,17 @@ class Translation(TranslationMethod):
 
     def __init__(self, settings: TranslationSettings, vocabulary: Vocabulary) -> None:
         visual = VisualEncoder(settings.visual)
-        language_model, coupling = _language_model(settings.language_model, vocabulary)
+        language_model, coupling = _language_model(settings, vocabulary)
         if settings.lora is not None:
             add_lora(language_model, settings.lora, layers_called(language_model, settings.lora_modules))
         projection = nn.Linear(visual.width, language_model.get_input_embeddings().embedding_dim)
         super().__init__(visual, projection, language_model, coupling, settings.label_smoothing)
 
 
-def _language_model(settings: AnyLanguageModelSettings, vocabulary: Vocabulary) -> tuple[Any, Coupling]:
-    if isinstance(settings, MT5Settings):
-        return build_mt5(settings, vocabulary), MT5Coupling(vocabulary)
-    if isinstance(settings, CausalSettings):
-        return build_causal(settings, vocabulary), PrefixCoupling(vocabulary)
-    return build_mbart(settings, vocabulary), MBartCoupling(vocabulary)
+def _language_model(settings: TranslationSettings, vocabulary: Vocabulary) -> tuple[Any, Coupling]:
+    wanted = settings.language_model
+    if isinstance(wanted, MT5Settings):
+        return build_mt5(wanted, vocabulary), MT5Coupling(vocabulary)
+    if isinstance(wanted, CausalSettings):
+        return build_causal(wanted, vocabulary), PrefixCoupling(vocabulary)
+    return build_mbart(wanted, vocabulary), MBartCoupling(vocabulary, settings.source_tokens)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 from transformers.models.mbart.modeling_mbart import MBartDecoder, MBartEncoder
 
-from sltscale.config import TextDecoderSettings, TextEncoderSettings, TransformerSettings
+from sltscale.config import SentenceEncoderSettings, TextDecoderSettings, TransformerSettings
 from sltscale.errors import InputError
 from sltscale.models.memory import checkpoint_blocks
 from sltscale.models.pretrained import load_pretrained
@@ -58,7 +58,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, settings: TransformerSettings, vocabulary: Vocabulary) -> None:
         super().__init__()
-        if isinstance(settings, TextEncoderSettings) and settings.pretrained is not None:
+        if isinstance(settings, SentenceEncoderSettings) and settings.pretrained is not None:
             mbart = load_mbart(settings.pretrained, vocabulary, dropout=settings.dropout, attention_dropout=0.0)
             self.blocks = mbart.get_encoder()
         else:

@@ -210,15 +210,16 @@ class _Cap(torch.autograd.Function):
 
 
 class LogitScale(nn.Module):
-    """The learned factor of a contrastive loss: exp(theta) <= ``maximum``, theta starts at ln(1/0.07) (CLIP).
+    """The learned factor of a contrastive loss: exp(theta) <= ``maximum``, theta starts at
+    ln(1 / ``temperature``), by default CLIP's.
 
     theta has shape [1], as DeepSpeed cannot broadcast 0-dimensional parameters, and is capped in the forward: a clamp
     of the parameter would not reach ZeRO's float32 masters.
     """
 
-    def __init__(self, maximum: float) -> None:
+    def __init__(self, maximum: float, temperature: float = 0.07) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        self.theta = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
         self.ceiling = math.log(maximum)
 
     def forward(self) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 from transformers.models.mbart.modeling_mbart import shift_tokens_right
@@ -37,13 +38,21 @@ def teacher_forcing(text: TextBatch, vocabulary: Vocabulary) -> tuple[Tensor, Te
 
 
 class MBartCoupling(Coupling):
-    """The encoder reads visual tokens; the decoder starts from the language code, and learns it behind </s>."""
+    """The encoder reads visual tokens; the decoder starts from the language code, and learns it behind </s>.
+
+    source_tokens: the encoder reads </s> and the language code behind them.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, source_tokens: bool = False) -> None:
+        super().__init__(vocabulary)
+        self.source_tokens = source_tokens
 
     def labels(self, text: TextBatch) -> Tensor:
         return teacher_forcing(text, self.vocabulary)[1]
 
     def logits(self, model: Any, values: Tensor, mask: Tensor, text: TextBatch) -> Tensor:
         inputs, _ = teacher_forcing(text, self.vocabulary)
+        values, mask = self._read(model, values, mask, inputs[:, 0])
         logits: Tensor = model(
             inputs_embeds=values, attention_mask=mask, decoder_input_ids=inputs, use_cache=False
         ).logits
@@ -53,7 +62,19 @@ class MBartCoupling(Coupling):
         return []  # what mBART's own generation has it: padding, if it is written, ends the sentence
 
     def started(self, model: Any, values: Tensor, mask: Tensor, language_ids: Tensor) -> dict[str, Any]:
+        values, mask = self._read(model, values, mask, language_ids)
         return encoded(model, values, mask) | {"decoder_start_token_id": language_ids.tolist()}
+
+    def _read(self, model: Any, values: Tensor, mask: Tensor, language_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder reads of visual tokens [B, T, D], padded on the right, and their mask [B, T]."""
+        if not self.source_tokens:
+            return values, mask
+        ids = torch.stack([torch.full_like(language_ids, self.vocabulary.eos_id), language_ids], 1)
+        tokens = model.get_input_embeddings()(ids).to(values.dtype)
+        places = mask.sum(1, keepdim=True) + torch.arange(2, device=mask.device)
+        values = nn.functional.pad(values, (0, 0, 0, 2))
+        values = values.scatter(1, places[..., None].expand_as(tokens), tokens)
+        return values, nn.functional.pad(mask, (0, 2)).scatter(1, places, True)
 
 
 def build_mbart(settings: LanguageModelSettings, vocabulary: Vocabulary) -> MBartForConditionalGeneration:

@@ -21,8 +21,15 @@ VARIANTS = {
         '"text_decoder.blocks -> language_model.model.decoder"]',
     ),
     "gfslt_vlp_v1_tiny-strong": ("--data.augment", "strong_color", "--data.temporal_rescale", "0.2"),
+    "c2rl_pretrain_tiny-shared": (
+        *("--method.share_embeddings", "true", "--method.tied", "true"),
+        *("--method.group_size", "4", "--method.special_tokens", "false"),
+    ),
 }
-ZERO3 = ("gfslt_vlp_v2_tiny", "gfslt_slt_tiny", "hfa_pretrain_tiny", "hfa_slt_tiny", "c2rl_slt_tiny", "llm_slt_tiny")
+ZERO3 = (
+    *("gfslt_vlp_v2_tiny", "gfslt_slt_tiny", "hfa_pretrain_tiny", "hfa_slt_tiny"),
+    *("c2rl_pretrain_tiny-shared", "c2rl_slt_tiny", "llm_slt_tiny"),
+)
 TRANSLATION = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l")
 RETRIEVAL = ("t2v_recall@1", "v2t_recall@1", "t2v_median_rank", "v2t_mean_rank")
 SHORT = ["--data.synthetic.clips", "60", "--train.epochs", "1", "--evaluation.max_new_tokens", "8"]

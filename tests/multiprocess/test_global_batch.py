@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sltscale.config import C2RLSettings, ResNetSettings, TransformerSettings, VisualSettings
+from sltscale.config import (
+    C2RLSettings,
+    ResNetSettings,
+    SentenceEncoderSettings,
+    TransformerSettings,
+    VisualSettings,
+)
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.models.layers import GlobalBatchNorm
 from sltscale.structures import Ragged, TextBatch, VideoBatch
@@ -109,7 +115,7 @@ def tiny_method(mix: str, dtype: torch.dtype) -> Method:
     settings = C2RLSettings(
         name="c2rl",
         visual=VisualSettings(frames=frames, transformer=blocks),
-        text_encoder=blocks,
+        text_encoder=SentenceEncoderSettings(**blocks.model_dump()),
         text_decoder=blocks,
         alpha=0.7,
         beta=1.3,

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from sltscale.config import C2RLSettings, ResNetSettings, TransformerSettings, TranslationSettings, VisualSettings
+from sltscale.config import (
+    C2RLSettings,
+    ResNetSettings,
+    SentenceEncoderSettings,
+    TransformerSettings,
+    TranslationSettings,
+    VisualSettings,
+)
 from sltscale.config import LanguageModelSettings as LanguageModel
 from sltscale.engine.accumulate import accumulate
 from sltscale.methods.base import Method, Vocabulary, build_method
@@ -35,7 +42,14 @@ def method(name: str, norm: str) -> Method:
     visual = VisualSettings(frames=frames, transformer=tower, norm=norm)
     settings: C2RLSettings | TranslationSettings
     if name == "c2rl":
-        settings = C2RLSettings(name="c2rl", visual=visual, text_encoder=tower, text_decoder=tower, beta=0.7)
+        sentences = SentenceEncoderSettings(**tower.model_dump())
+        settings = C2RLSettings(
+            name="c2rl",
+            visual=visual,
+            text_encoder=sentences,
+            text_decoder=tower,
+            beta=0.7,
+        )
     else:
         language_model = LanguageModel(
             width=24, encoder_layers=1, decoder_layers=1, heads=4, feed_forward=32, max_positions=32

@@ -24,7 +24,8 @@ from sltscale.errors import InputError
 from sltscale.methods import export
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.methods.gfslt import GFSLT
-from sltscale.methods.gfslt_vlp import GFSLTVLP, group_clips
+from sltscale.methods.gfslt_vlp import GFSLTVLP
+from sltscale.methods.groups import group_clips
 from sltscale.recipe_files import load_recipe, recipe_names
 from sltscale.structures import Ragged, TextBatch, VideoBatch
 

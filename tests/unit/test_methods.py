@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from sltscale.config import (
     C2RLSettings,
@@ -11,6 +12,7 @@ from sltscale.config import (
     MethodSettings,
     ResNetSettings,
     RetrievalSettings,
+    SentenceEncoderSettings,
     TextEncoderSettings,
     TransformerSettings,
     TranslationSettings,
@@ -19,6 +21,7 @@ from sltscale.config import (
 from sltscale.errors import InputError
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.methods.c2rl import C2RL
+from sltscale.methods.groups import clip_keys, group_clips
 from sltscale.methods.translation import Translation
 from sltscale.structures import LossOutput, Ragged, TextBatch, VideoBatch
 
@@ -26,7 +29,8 @@ BLOCKS = TransformerSettings(layers=1, width=24, heads=4, feed_forward=32, dropo
 VISUAL = VisualSettings(
     frames=ResNetSettings(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1)), transformer=BLOCKS
 )
-PRETRAINING = C2RLSettings(name="c2rl", visual=VISUAL, text_encoder=BLOCKS, text_decoder=BLOCKS)
+SENTENCES = SentenceEncoderSettings(**BLOCKS.model_dump())
+PRETRAINING = C2RLSettings(name="c2rl", visual=VISUAL, text_encoder=SENTENCES, text_decoder=BLOCKS)
 TRANSLATION = TranslationSettings(
     name="translation",
     visual=VISUAL,
@@ -40,9 +44,17 @@ RETRIEVAL = RetrievalSettings(
     encoder=TextEncoderSettings(layers=1, width=32, heads=4, feed_forward=48, dropout=0.0, max_positions=32),
 )
 VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
-EACH = pytest.mark.parametrize(
-    "settings", [PRETRAINING, TRANSLATION, RETRIEVAL], ids=["c2rl", "translation", "retrieval"]
-)
+CASES = {
+    "c2rl": PRETRAINING,
+    "c2rl, one embedding": PRETRAINING.model_copy(update={"share_embeddings": True, "tied": True}),
+    "c2rl, wide": PRETRAINING.model_copy(
+        update={"text_encoder": SENTENCES.model_copy(update={"width": 32}), "special_tokens": False}
+    ),
+    "translation": TRANSLATION,
+    "translation, source tokens": TRANSLATION.model_copy(update={"source_tokens": True}),
+    "retrieval": RETRIEVAL,
+}
+EACH = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -163,11 +175,74 @@ def test_a_weight_of_zero_builds_no_tower() -> None:
         build_method(PRETRAINING.model_copy(update={"alpha": 0.0, "beta": 0.0}), VOCABULARY)
 
 
-def test_towers_of_different_width_are_refused() -> None:
-    wide = BLOCKS.model_copy(update={"width": 32})
-    for tower in ("text_encoder", "text_decoder"):
-        with pytest.raises(InputError, match=f"method.{tower}.width is 32"):
-            build_method(PRETRAINING.model_copy(update={tower: wide}), VOCABULARY)
+def test_what_cannot_be_coupled_is_refused() -> None:
+    for changes, message in (
+        ({"text_decoder": BLOCKS.model_copy(update={"width": 32})}, "method.text_decoder.width is 32"),
+        ({"text_encoder": CASES["c2rl, wide"].text_encoder, "share_embeddings": True}, "encoder's width is 32"),
+        ({"alpha": 0.0, "share_embeddings": True}, "with alpha 0 there is no text encoder to share with"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_method(PRETRAINING.model_copy(update=changes), VOCABULARY)
+    with pytest.raises(ValidationError, match="source_tokens are mBART's, not of a language model mt5"):
+        TranslationSettings(name="translation", language_model={"architecture": "mt5"}, source_tokens=True)
+
+
+def test_one_embedding() -> None:
+    method = build_method(CASES["c2rl, one embedding"], VOCABULARY)
+    embedding = method.get_submodule("text_encoder.blocks.embed_tokens").weight
+    assert method.get_submodule("text_decoder.blocks.embed_tokens").weight is embedding
+    assert method.get_submodule("text_decoder.lm_head").weight is embedding
+
+
+def test_sentences_are_compared_without_special_tokens() -> None:
+    _, text = example([5, 1, 9, 3], [7, 3, 5, 4])
+    method = build_method(CASES["c2rl, wide"], VOCABULARY).double()
+    hidden, mask = method.encode_text(text)
+    assert mask.sum(1).tolist() == [5, 1, 3, 2]
+    whole = build_method(PRETRAINING, VOCABULARY).encode_text(text)[1]
+    assert whole.sum(1).tolist() == [7, 3, 5, 4]
+    read = method.text_encoder(text.input_ids, text.attention_mask)  # which all tokens are read for
+    torch.testing.assert_close(hidden, read @ method.text_projection.weight.T + method.text_projection.bias)
+
+
+def test_clips_are_compared_in_groups() -> None:
+    """Each group by itself, as a batch of its own."""
+    settings = PRETRAINING.model_copy(update={"beta": 0.0, "group_size": 3})
+    method = build_method(settings, VOCABULARY).eval().double()
+    batch, text = example([5, 1, 9, 3, 4, 2, 6], [7, 3, 5, 4, 6, 5, 3])
+    groups = group_clips(clip_keys(batch.ids, torch.device("cpu")), 3)
+    assert sorted(groups.bincount().tolist()) == [3, 4]
+    found = method(batch, text)["contrastive"]
+    alone = build_method(PRETRAINING.model_copy(update={"beta": 0.0}), VOCABULARY).eval().double()
+    alone.load_state_dict(method.state_dict())
+    losses = []
+    for group in range(2):
+        rows = (groups == group).nonzero()[:, 0].tolist()
+        part = VideoBatch(
+            [batch.ids[row] for row in rows],
+            Ragged.from_list([batch.frames.split()[row] for row in rows]),
+            [batch.texts[row] for row in rows],
+            [batch.languages[row] for row in rows],
+        )
+        losses.append(alone(part, TextBatch(text.input_ids[rows], text.attention_mask[rows]))["contrastive"].loss_sum)
+    torch.testing.assert_close(found.loss_sum, sum(losses))
+    assert not torch.isclose(found.loss_sum, alone(batch, text)["contrastive"].loss_sum)
+
+
+def test_source_tokens_stand_behind_each_clip() -> None:
+    """As if each were read alone, </s> and language code at its end."""
+    method = build_method(CASES["translation, source tokens"], VOCABULARY).eval()
+    batch, text = example([6, 1, 4], [7, 3, 5])
+    logits = method.logits(batch.frames, text)
+    codes = [36, 37, 36]
+    for row, (frames, words) in enumerate(zip(batch.frames.split(), [7, 3, 5], strict=True)):
+        video = method.projection(method.visual(Ragged.from_list([frames])).values)[None]
+        ends = method.language_model.get_input_embeddings()(torch.tensor([[VOCABULARY.eos_id, codes[row]]]))
+        sentence = text.input_ids[row : row + 1, :words]
+        expected = method.language_model(
+            inputs_embeds=torch.cat([video, ends], 1), decoder_input_ids=sentence.roll(1, 1), use_cache=False
+        ).logits
+        torch.testing.assert_close(logits[row, :words], expected[0], rtol=0, atol=1e-5)
 
 
 def test_pretraining_and_translation_share_the_visual_encoder() -> None:
@@ -194,8 +269,9 @@ def test_similarity_in_chunks_equals_pairs(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(one[0, 0], whole[3, 1])
 
 
-def test_translate_in_a_batch_equals_one_by_one() -> None:
-    method = build_method(TRANSLATION, VOCABULARY)
+@pytest.mark.parametrize("case", ["translation", "translation, source tokens"])
+def test_translate_in_a_batch_equals_one_by_one(case: str) -> None:
+    method = build_method(CASES[case], VOCABULARY)
     assert isinstance(method, Translation)
     batch, text = example([6, 1, 4], [7, 3, 5])
     for _ in range(30):

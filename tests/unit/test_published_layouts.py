@@ -35,12 +35,14 @@ from sltscale.config import (
     TextEncoderSettings,
 )
 from sltscale.errors import InputError
+from sltscale.methods.base import build_method
 from sltscale.models.causal import build_causal
 from sltscale.models.dino import DinoEncoder
 from sltscale.models.frames import FrameEncoder
 from sltscale.models.language import TextEncoder, Vocabulary
 from sltscale.models.mbart import build_mbart
 from sltscale.models.mt5 import build_mt5
+from sltscale.recipe_files import load_recipe
 
 Weights = dict[str, Tensor]
 VOCABULARY = Vocabulary(size=40, pad_id=1, eos_id=2)
@@ -283,6 +285,18 @@ def test_mbart(tied: Sequence[str], bias: bool, tmp_path: Path) -> None:
     own = {name.removeprefix(prefix): tensor for name, tensor in expected.items() if name.startswith(prefix)}
     assert encoder.blocks.state_dict().keys() == own.keys()
     same(encoder.blocks, own)
+
+
+def test_c2rl_with_the_sentence_encoder_of_mbart(tmp_path: Path) -> None:
+    """Which is wider than the visual tokens: a linear layer brings it to their width."""
+    weights = mbart(tmp_path, (), True)
+    settings = load_recipe("c2rl_pretrain_tiny", ["--method.text_encoder.pretrained", str(tmp_path)])
+    method = build_method(settings.method, VOCABULARY)
+    prefix = "model.encoder.layers."
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    same(method.get_submodule("text_encoder.blocks.layers"), own)
+    projection, width = method.get_submodule("text_projection"), weights["model.shared.weight"].shape[1]
+    assert (projection.in_features, projection.out_features) == (width, settings.method.visual.transformer.width)
 
 
 def test_dinov2(tmp_path: Path) -> None:
