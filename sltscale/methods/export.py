@@ -97,21 +97,26 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> Exported:
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str, fresh: Sequence[str] = ()) -> None:
-    """Load every weight, none missing, none left over; InputError names the first that do not fit.
+    """Load every weight, none missing, none left over; InputError says what differs, with the first of each kind.
 
     Tied parameters stand in ``weights`` once, under the first of their names. fresh: submodules and parameters that
     are left as they are, whatever ``weights`` holds of them.
     """
     own = {name: tensor for name, tensor in tensors(module).items() if not _inside(name, fresh)}
     weights = {name: tensor for name, tensor in weights.items() if not _inside(name, fresh)}
-    wrong = sorted(own.keys() ^ weights.keys()) or [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own)
+    shapes = [
+        f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        for name in sorted(own.keys() & weights.keys())
         if own[name].shape != weights[name].shape
     ]
+    differences = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "left over": sorted(weights.keys() - own.keys()),
+        "of another shape": shapes,
+    }
+    wrong = [f"{what} {_first(names)}" for what, names in differences.items() if names]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{where}: weights do not fit the model: {', '.join(wrong[:3])}{more}")
+        raise InputError(f"{where}: weights do not fit the model: {'; '.join(wrong)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -163,7 +168,16 @@ def transfer(method: Method, folder: Path, parts: Sequence[str], fresh: Sequence
             if isinstance(module, StoredTokens):
                 continue  # the run keeps these weights beside its checkpoints
             inside = [name.removeprefix(f"{ours}.") for name in fresh if name.startswith(f"{ours}.")]
-            load_weights(module, weights, f"{folder}, part {part}", inside)
+            load_weights(module, weights, f"start: {folder} (method {_method_of(folder)}), part {part}", inside)
+
+
+def _method_of(folder: Path) -> str:
+    path = folder / "config.json"
+    return recipe_from_json(path.read_text(), str(path)).method.name if path.is_file() else "unknown"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _inside(name: str, parts: Sequence[str]) -> bool:
