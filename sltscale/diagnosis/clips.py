@@ -8,7 +8,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from sltscale.config import DataSettings
+from sltscale.config import DataSettings, Recipe
+from sltscale.data.batches.splits import check_split
+from sltscale.data.shards.features import read_tokens
 from sltscale.data.shards.index import Index, open_index, splits
 from sltscale.data.shards.remote import THREADS
 from sltscale.data.video.encoding import SourceFrame, encode
@@ -18,6 +20,7 @@ from sltscale.data.video.stored import decode_clip
 from sltscale.diagnosis.finding import Finding
 from sltscale.errors import InputError
 
+SPLITS = ("train", "dev", "test")
 TRIED_FRAMES, TRIED_SIZE = 3, 96
 READ_SHARDS = 64  # of a split, spread over it, of each of which a clip is read
 
@@ -56,6 +59,20 @@ def shards(where: str, settings: DataSettings | None, wanted: Sequence[str] = ()
         yield _split(subject, open_index(where, split), settings)
 
 
+def features(recipe: Recipe) -> Iterator[Finding]:
+    """One finding for each split of the visual tokens that the recipe reads in place of clips."""
+    where = recipe.data.features
+    assert where is not None
+    subject = f"features {where}"
+    if not splits(where) and recipe.start is not None and recipe.start.recipe is not None:
+        yield Finding(subject, "ok", f"not there yet; {recipe.start.recipe}, which is run first, writes them")
+        return
+    for split in SPLITS:
+        index = open_index(where, split)
+        check_split(index, recipe.data)
+        yield _split(subject, index, None)
+
+
 def _split(subject: str, index: Index, settings: DataSettings | None) -> Finding:
     remedy = f"sltscale shards verify {index.folder} names every defect; restore the files or pack again"
     if not index.columns_intact():
@@ -92,7 +109,10 @@ def _wrong_size(index: Index, number: int) -> str | None:
 
 def _unreadable(index: Index, clip: int) -> str | None:
     try:
-        decode_clip(index.video_bytes(clip), [0])
+        if index.features is None:
+            decode_clip(index.video_bytes(clip), [0])
+        else:
+            read_tokens(index, clip)
     except (InputError, VideoError) as error:
         return str(error).split("; ")[0]
     return None

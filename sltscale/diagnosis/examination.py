@@ -10,8 +10,6 @@ from sltscale.config import Recipe
 from sltscale.diagnosis import clips, disk, inputs, kernels, software
 from sltscale.diagnosis.finding import Check, Finding, examine
 
-SPLITS = ("train", "dev", "test")
-
 
 def examination(recipe: Recipe | None, run: Path, shards: str | None) -> Iterator[Finding]:
     """Everything that a run needs, found sound or not. shards: in place of those of the recipe."""
@@ -31,9 +29,11 @@ def _checks(recipe: Recipe | None, run: Path, shards: str | None) -> Iterator[tu
     yield f"run folder {run}", partial(disk.run_folder, run, recipe)
     data = None if recipe is None else recipe.data
     if shards is not None:
-        yield f"shards {shards}", partial(clips.shards, shards, data, SPLITS if data else ())
+        yield f"shards {shards}", partial(clips.shards, shards, data, clips.SPLITS if data else ())
+    elif recipe is not None and recipe.data.features is not None:
+        yield f"features {recipe.data.features}", partial(clips.features, recipe)
     elif data is not None:
-        yield f"shards {data.shards}", partial(clips.shards, data.shards, data, SPLITS)
+        yield f"shards {data.shards}", partial(clips.shards, data.shards, data, clips.SPLITS)
         for part in data.mix:
             yield f"shards {part.shards}", partial(clips.shards, part.shards, data, ("train",))
     if recipe is not None:

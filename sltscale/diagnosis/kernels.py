@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
 
-from sltscale.config import HFAVisualSettings, LocalTemporalSettings, Recipe
+from sltscale.config import HFAVisualSettings, Recipe
 from sltscale.diagnosis.finding import Finding
 from sltscale.errors import InputError
+from sltscale.methods.attention import check_attention
 from sltscale.models.attention import BACKENDS, choose_backend, packed_attention
 
 HEAD_DIM = 64
@@ -38,25 +40,22 @@ def attention(recipe: Recipe | None) -> Iterator[Finding]:
 
 
 def _asked_for(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
+    asked = {"train.attention": recipe.train.attention}
     visual = getattr(recipe.method, "visual", None)
-    if not isinstance(visual, HFAVisualSettings) or visual.temporal.attention is None:
+    if isinstance(visual, HFAVisualSettings):
+        asked["method.visual.temporal.attention"] = visual.temporal.attention
+    named = [f"{field} {backend}" for field, backend in asked.items() if backend is not None]
+    if not named:
         return
-    settings: LocalTemporalSettings = visual.temporal
     subject = "attention of the recipe"
     try:
-        chosen = choose_backend(
-            device,
-            dtype,
-            settings.width // settings.heads,
-            window=settings.window,
-            dropout=settings.attention_dropout,
-            backend=settings.attention,
-        )
-        yield Finding(subject, "ok", f"method.visual.temporal.attention {chosen}")
+        check_attention(recipe, device, dtype)
+        yield Finding(subject, "ok", ", ".join(named))
     except InputError as error:
-        found, separator, remedy = str(error).partition(": ")
-        remedy = f"{remedy} (--method.visual.temporal.attention NAME)" if separator else ""
-        yield Finding(subject, "fault", f"method.visual.temporal.attention: {found}", remedy or "name another")
+        field, _, message = str(error).removeprefix(f"recipe {recipe.name}: ").partition(": ")
+        found, *rest = re.split("[:;] ", message, maxsplit=1)
+        remedy = f"{rest[0] if rest else 'name another'} (--{field} NAME)"
+        yield Finding(subject, "fault", f"{field}: {found}", remedy)
 
 
 def _where() -> tuple[torch.device, torch.dtype]:

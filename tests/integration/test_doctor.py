@@ -142,6 +142,8 @@ def test_one_fault_alone_is_the_only_one_named(corpus: Corpus, mount: Mount, ext
 
     (found,) = faults(examination(recipe_on(corpus, "--method.visual.temporal.attention", "xformers"), run, None))
     assert "xformers is not installed" in found.found or "xformers needs a CUDA device" in found.found
+    (found,) = faults(examination(recipe_on(corpus, "--train.attention", "nonsense"), run, None))
+    assert found.found == "train.attention: attention backend 'nonsense' is unknown"
 
     read_only = mount("size=64m,ro")
     (found,) = faults(disk.run_folder(read_only / "run", recipe))

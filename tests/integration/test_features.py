@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from sltscale.data.batches.stream import evaluation_batches, stream
 from sltscale.data.shards.features import read_tokens
 from sltscale.data.shards.index import Index, Row, Shard, open_index, write_index
 from sltscale.data.text import build_corpus_tokenizer
+from sltscale.diagnosis.examination import examination
+from sltscale.diagnosis.finding import Finding
 from sltscale.engine.checkpoint import assemble
 from sltscale.engine.finished import load_run
 from sltscale.engine.manifest import verify
@@ -327,6 +330,29 @@ def test_settings_that_do_not_go_together(recipes: FeatureRecipes, tmp_path: Pat
 
 def check(recipe: Path, folder: Path, *overrides: str) -> None:
     check_stages(plan_stages(recipe_chain(str(recipe), overrides, folder / "run")))
+
+
+def test_doctor_looks_at_them(recipes: FeatureRecipes, run: Path, corpus, tmp_path: Path) -> None:
+    def found(*overrides: str) -> list[Finding]:
+        recipe = load_recipe(str(recipes.translate), overrides)
+        return [one for one in examination(recipe, tmp_path / "run", None) if one.subject.startswith("features ")]
+
+    assert [(one.state, one.found.split(":")[0]) for one in found()] == [
+        ("ok", "train"),
+        ("ok", "dev"),
+        ("ok", "test"),
+    ]
+    (absent,) = found("--data.features", str(tmp_path / "none"))
+    assert (absent.state, f"not there yet; {recipes.write}, which is run first" in absent.found) == ("ok", True)
+    (video,) = found("--data.features", str(corpus.shards))
+    assert video.state == "fault" and "holds video, not features" in video.found
+    broken = tmp_path / "features"
+    shutil.copytree(recipes.features, broken)
+    shard = min(broken.glob("dev-*.tar"))
+    os.truncate(shard, shard.stat().st_size - 2000)
+    states = {one.found.split(":")[0]: one for one in found("--data.features", str(broken))}
+    assert {split: one.state for split, one in states.items()} == {"train": "ok", "dev": "fault", "test": "ok"}
+    assert shard.name in states["dev"].found
 
 
 def test_the_commands_say_no_in_one_line(recipes: FeatureRecipes, run: Path, command: Command, tmp_path: Path) -> None:

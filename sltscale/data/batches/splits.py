@@ -35,7 +35,7 @@ def open_splits(settings: DataSettings, known: Iterable[dict[str, Any]] = ()) ->
     for split, places in folders.items():
         indexes = [open_index(place, split) for place in places]
         if settings.features is not None:
-            _check_features(indexes[0], settings)
+            check_split(indexes[0], settings)
         found = [_damaged(index, place, settings, known) for index, place in zip(indexes, places, strict=True)]
         selections[split] = Selection(indexes, [[row["clip"] for row in rows] for rows in found])
         damaged += [row for rows in found for row in rows]
@@ -49,7 +49,8 @@ def training_parts(settings: DataSettings, train: Selection) -> list[Part] | Non
     return train.parts([1.0, *(part.weight for part in settings.mix)], settings.temperature)
 
 
-def _check_features(index: Index, settings: DataSettings) -> None:
+def check_split(index: Index, settings: DataSettings) -> None:
+    """InputError unless ``index`` is of the features of all clips of its split of data.shards."""
     clips = open_index(settings.shards, index.split)
     frames = frames_after_sampling(clips.frames, settings.model_copy(update={"features": None}))
     check_features(index, clips, frames, settings)
