@@ -105,6 +105,14 @@ class TextTokenizer:
         told = [(self._told or {})[language] for language in self.languages] if self._told else []
         return tuple(tuple(self.backend.encode(prompt, add_special_tokens=False)) for prompt in told)
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What the tokenizer puts in front of any text (Gemma's and Llama's begin-of-text token; of Qwen nothing)."""
+        text = self.backend.encode("a", add_special_tokens=False)
+        whole = self.backend.encode("a")
+        found = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+        return tuple(whole[: next(found, 0)])
+
     def language_id(self, language: str) -> int:
         """Id of a BCP-47 language ("de", "en-US"); InputError names the known ones for any other."""
         if self._told is not None and not self._told:

@@ -48,7 +48,8 @@ def build(recipe: config.Recipe, tokenizer: TextTokenizer, lexicon: Lexicon | No
 def vocabulary(tokenizer: TextTokenizer, lexicon: Lexicon | None) -> Vocabulary:
     """What a method is told of the two."""
     pseudo_glosses = 0 if lexicon is None else len(lexicon)
-    return Vocabulary(tokenizer.size, tokenizer.pad_id, tokenizer.eos_id, pseudo_glosses, tokenizer.prompts)
+    ids = (tokenizer.size, tokenizer.pad_id, tokenizer.eos_id)
+    return Vocabulary(*ids, pseudo_glosses, tokenizer.prompts, tokenizer.start)
 
 
 def save_export(

@@ -1,7 +1,8 @@
 """Decoder-only language models (whatever ``AutoModelForCausalLM`` loads), and how they read visual tokens and write.
 
-One sequence: visual tokens, the prompt for the sentence's language, the sentence. Letters: B sentences, T visual
-tokens, P of the longest prompt, S = T + P, L text tokens, D width, V vocabulary.
+One sequence: what the tokenizer begins every text with, visual tokens, the prompt for the sentence's language, the
+sentence. Letters: B sentences, T visual tokens, P of the longest prompt, S of all three together, L text tokens, D
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,8 +51,12 @@ class PrefixCoupling(Coupling):
         return {"inputs_embeds": prefix, "attention_mask": prefix_mask}
 
     def prefix(self, model: Any, values: Tensor, mask: Tensor, language_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(vectors [B, S, D], mask int64 [B, S]) of visual tokens and prompt, padding on the left."""
+        """(vectors [B, S, D], mask int64 [B, S]) of start, visual tokens and prompt, padding on the left."""
         mask = mask.long()
+        if self.vocabulary.start:
+            start = torch.tensor([self.vocabulary.start] * len(mask), device=mask.device)
+            embedded = model.get_input_embeddings()(start).to(values.dtype)
+            values, mask = torch.cat([embedded, values], 1), torch.cat([torch.ones_like(start), mask], 1)
         longest = max(map(len, self.vocabulary.prompts), default=0)
         if longest:
             rows = [[*prompt, *[self.vocabulary.pad_id] * longest][:longest] for prompt in self.vocabulary.prompts]

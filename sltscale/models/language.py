@@ -23,7 +23,8 @@ class Vocabulary:
     """What a model has to know of the tokenizer: number of ids, and the ids of padding and end of sentence.
 
     pseudo_glosses: how many there are to learn, where the method learns them. prompts: where the language is told by
-    a prompt, the token ids of that for the language with the id size + i, for every i.
+    a prompt, the token ids of that for the language with the id size + i, for every i. start: what a decoder-only
+    model is used to find in front of everything.
     """
 
     size: int
@@ -31,6 +32,7 @@ class Vocabulary:
     eos_id: int
     pseudo_glosses: int = field(default=0, compare=False)
     prompts: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
+    start: tuple[int, ...] = field(default=(), compare=False)
 
 
 class TransformerEncoder(nn.Module):

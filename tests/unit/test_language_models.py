@@ -54,6 +54,7 @@ SIZE, WIDTH = 40, 32
 PROMPTS = ((7, 8, 9), (11,))  # of the languages 40 and 41
 CODES = Vocabulary(SIZE, pad_id=1, eos_id=2)
 PROMPTED = Vocabulary(SIZE, pad_id=1, eos_id=2, prompts=PROMPTS)
+STARTED = Vocabulary(SIZE, pad_id=1, eos_id=2, prompts=PROMPTS, start=(3,))
 NO_PADDING = Vocabulary(SIZE, pad_id=2, eos_id=2, prompts=PROMPTS)  # as of a tokenizer without a padding token
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": WIDTH, "intermediate_size": 48}
@@ -111,7 +112,7 @@ def case(name: str, folder: Path) -> Case:
         model, coupling, languages = build_mt5(mt5, CODES), MT5Coupling(CODES), [SIZE] * 4
         factors = {"EncDecAttention": 3.0, "lm_head": 0.2}
     else:
-        vocabulary = NO_PADDING if name == "no padding" else PROMPTED
+        vocabulary = NO_PADDING if name == "no padding" else STARTED if name in ("llama", "gemma2") else PROMPTED
         settings = {"width": WIDTH, "layers": 2, "heads": 4, "feed_forward": 48, "max_positions": 64}
         if name in PUBLISHED:
             settings = {"pretrained": saved(name, folder)}
@@ -201,7 +202,8 @@ def by_hand(found: Case, values: Tensor, mask: Tensor, language: int, **options:
     options |= {"do_sample": False, "eos_token_id": 2, "pad_token_id": vocabulary.pad_id}
     if isinstance(found.coupling, PrefixCoupling):
         prompt = model.get_input_embeddings()(torch.tensor([PROMPTS[language - SIZE]]))
-        prefix = torch.cat([values, prompt], 1)
+        start = model.get_input_embeddings()(torch.tensor([vocabulary.start], dtype=torch.long))
+        prefix = torch.cat([start, values, prompt], 1)
         options["suppress_tokens"] = sorted({vocabulary.pad_id, *range(SIZE, model.config.vocab_size)} - {2}) or None
         ids = model.generate(inputs_embeds=prefix, attention_mask=torch.ones(prefix.shape[:2]), **options)[0].tolist()
     else:

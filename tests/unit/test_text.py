@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sltscale.data.text import TextTokenizer, build_corpus_tokenizer, load_tokenizer
@@ -186,6 +186,20 @@ def test_a_tokenizer_without_padding_and_codes(tmp_path: Path) -> None:
         tokenizer.encode(SENTENCES, ["de"] * len(SENTENCES)).input_ids,
     )
     assert (again.size, again.pad_id, again.prompts) == (tokenizer.size, tokenizer.pad_id, tokenizer.prompts)
+
+
+def test_what_a_tokenizer_puts_in_front(tmp_path: Path) -> None:
+    save_byte_level(tmp_path / "without")
+    assert load_tokenizer(tmp_path / "without", 64, PROMPTS).start == ()
+    backend = PreTrainedTokenizerFast.from_pretrained(tmp_path / "without")
+    backend.add_special_tokens({"bos_token": "<bos>"})
+    bos, eos = (int(found) for found in (backend.bos_token_id, backend.eos_token_id))
+    for template, start in (("<bos> $A", (bos,)), ("<bos> $A {eos}", (bos,)), ("$A {eos}", ())):
+        single = template.format(eos=backend.eos_token)
+        known = [("<bos>", bos), (backend.eos_token, eos)]
+        backend.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+        backend.save_pretrained(tmp_path / "with")
+        assert load_tokenizer(tmp_path / "with", 64, PROMPTS).start == start
 
 
 def test_a_language_without_a_prompt_and_no_language_told(tokenizer: TextTokenizer, tmp_path: Path) -> None:
