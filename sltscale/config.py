@@ -15,29 +15,32 @@ from sltscale.language_settings import (  # noqa: F401
 )
 from sltscale.method_settings import (  # noqa: F401 - the whole tree can be had from here
     C2RLSettings,
-    DinoSettings,
+    ComparisonSettings,
     FeatureSettings,
     GFSLTSettings,
     GFSLTVLPSettings,
     HFAPretrainingSettings,
     HFATranslationSettings,
-    HFAVisualSettings,
-    LocalTemporalSettings,
-    LoraSettings,
     MethodSettings,
-    PackedTemporalSettings,
-    PackedVisualSettings,
-    ResNetSettings,
     RetrievalSettings,
     SentenceEncoderSettings,
     TextDecoderSettings,
     TextEncoderSettings,
     TokenContrastSettings,
-    TransformerSettings,
     TranslationSettings,
-    VisualSettings,
 )
 from sltscale.settings import ActivationSettings, Positive, Settings, Share  # noqa: F401
+from sltscale.visual_settings import (  # noqa: F401
+    DinoSettings,
+    HFAVisualSettings,
+    LocalTemporalSettings,
+    LoraSettings,
+    PackedTemporalSettings,
+    PackedVisualSettings,
+    ResNetSettings,
+    TransformerSettings,
+    VisualSettings,
+)
 
 
 class SyntheticSettings(Settings):
@@ -303,7 +306,8 @@ class SamplingSettings(Settings):
 class EvaluationSettings(Settings):
     """Decoding and scoring. sampling: in place of beam search; what is drawn for a clip depends on the seed and its id
     alone. convention: "13a" is sacrebleu's default; "slt" is the field's (tokenise none, floor).
-    append_period: score every sentence with " ." behind it, as HFA's code."""
+    append_period: score every sentence with " ." behind it, as HFA's code. bleurt: folder or hub name of a checkpoint,
+    which adds BLEURT to the scores of translations (docs/evaluation.md)."""
 
     batch: Positive = 16
     beams: Positive = 5
@@ -312,6 +316,7 @@ class EvaluationSettings(Settings):
     sampling: SamplingSettings | None = None
     convention: Literal["13a", "slt"] = "13a"
     append_period: bool = False
+    bleurt: str | None = None
     every_epochs: Positive | None = None
     samples: Annotated[int, Field(ge=0)] = 8
 

@@ -1,4 +1,4 @@
-"""The settings of the models and methods, the largest branch of the configuration tree in ``config``."""
+"""The settings of the methods and of their text models, the largest branch of the configuration tree in ``config``."""
 
 from __future__ import annotations
 
@@ -7,145 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sltscale.language_settings import AnyLanguageModelSettings, LanguageModelSettings
-from sltscale.settings import ActivationSettings, Length, Positive, Settings, Share
-
-
-class ResNetSettings(ActivationSettings):
-    """A transformers ``ResNetModel``. pretrained: folder or hub name that weights and sizes are taken from."""
-
-    pretrained: str | None = None
-    embedding_size: Positive = 64
-    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)
-    depths: tuple[Positive, ...] = (2, 2, 2, 2)
-    layer_type: Literal["basic", "bottleneck"] = "basic"
-
-
-class TransformerSettings(ActivationSettings):
-    """mBART-style blocks: learned positions, pre-norm, final norm."""
-
-    layers: Positive = 3
-    width: Positive = 512
-    heads: Positive = 8
-    feed_forward: Positive = 2048
-    dropout: Share = 0.1
-    activation: Literal["relu", "gelu"] = "relu"
-    max_positions: Positive = 1024
-
-
-class VisualSettings(Settings):
-    """Frames to visual tokens: ResNet, temporal convolution (kernel, length kept), linear, transformer.
-
-    norm: of ResNet and convolution; "batch" over the valid frames of the global batch (of a micro-batch on all ranks,
-    where there are several), "frozen" as loaded, "layer" over each item by itself.
-    """
-
-    frames: ResNetSettings = ResNetSettings()
-    kernel: Positive = 3
-    norm: Literal["batch", "frozen", "layer"] = "batch"
-    transformer: TransformerSettings = TransformerSettings()
-
-
-class LocalTemporalSettings(Settings):
-    """Linear, sine positions, blocks of local attention, down-sampling by 2, blocks, linear. The defaults are HFA's.
-
-    norm_input: batch norm after the first linear layer. layers: blocks before and after the down-sampling. window:
-    steps that a step sees, itself included. drop_path: rate of the last block, rising linearly from 0 at the first.
-    layer_scale: first value of the learned factors on attention; scale_feed_forward: on the feed-forward part too
-    (Sign2GPT). attention_dropout: of the attention weights (Sign2GPT 0.1). output_width: of a last linear layer, none
-    leaves it out (Sign2GPT). attention: a backend of ``models/attention.py``, none for the first that can do it.
-
-    padding "none": nothing depends on the rest of the batch. "reference": as both papers' code, whose sequences are
-    padded with zeros to the longest; padded steps are left out as keys only, so that the first of them is averaged
-    into a clip's last segment, and a clip of even length gets one segment more.
-    """
-
-    width: Positive = 512
-    heads: Positive = 8
-    feed_forward: Positive = 2048
-    layers: tuple[Positive, Positive] = (2, 2)
-    window: Positive = 7
-    norm_input: bool = True
-    dropout: Share = 0.1
-    attention_dropout: Share = 0.0
-    drop_path: Share = 0.1
-    layer_scale: float = 1e-5
-    scale_feed_forward: bool = False
-    output_width: Positive | None = 1024
-    attention: str | None = None
-    padding: Literal["none", "reference"] = "none"
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> LocalTemporalSettings:
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} is not a multiple of twice its {self.heads} heads (rotary positions)")
-        if self.window % 2 == 0:
-            raise ValueError(f"window {self.window} is even; a step sees as many steps before it as after it")
-        return self
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters (arXiv 2106.09685): the product of two matrices, times alpha / rank, is added to a frozen
-    linear layer. dropout: of their input. rank 0: no adapters, the weights themselves learn, as small models want it
-    that start from nothing."""
-
-    rank: Annotated[int, Field(ge=0)]
-    alpha: Annotated[float, Field(gt=0)]
-    dropout: Share = 0.1
-
-
-class DinoSettings(ActivationSettings):
-    """A transformers ``Dinov2Model``, frozen but for LoRA in its last ``lora_blocks`` blocks; ViT-S/14 by default.
-
-    image_size: edge of the images that its grid of positions was made for; frames of other sizes interpolate it.
-    pretrained: folder or hub name that weights and sizes are taken from.
-    """
-
-    pretrained: str | None = None
-    width: Positive = 384
-    layers: Positive = 12
-    heads: Positive = 6
-    patch: Positive = 14
-    image_size: Positive = 518
-    lora_blocks: Annotated[int, Field(ge=0)] = 3
-    lora: LoraSettings = LoraSettings(rank=4, alpha=4)
-
-
-class HFAVisualSettings(Settings):
-    """Frames to segments: DINOv2's class tokens, linear layer with batch norm, local attention over time."""
-
-    frames: DinoSettings = DinoSettings()
-    temporal: LocalTemporalSettings = LocalTemporalSettings()
-
-
-class PackedTemporalSettings(Settings):
-    """GFSLT-VLP's temporal convolutions, frames to a quarter as many visual tokens.
-
-    sign_embedding: a linear layer with batch norm and ReLU behind the convolutions (GFSLT-VLP's translation stage).
-    norm_over: the steps that batch norm takes its statistics over in training: the valid ones, or, as GFSLT-VLP's
-    code, those of sequences padded with 1.0 to the longest.
-    """
-
-    width: Positive = 1024
-    sign_embedding: bool = False
-    norm_over: Literal["valid", "padded"] = "valid"
-
-
-class PackedVisualSettings(Settings):
-    """Frames to a quarter as many visual tokens (GFSLT-VLP): ResNet, temporal convolutions, transformer.
-
-    edge_copies: what is repeated at a clip's ends, features, so that no frame is encoded twice, or frames, which the
-    ResNet's batch norm then counts as often (GFSLT-VLP's code). norm: as in VisualSettings.
-    """
-
-    frames: ResNetSettings = ResNetSettings()
-    edge_copies: Literal["features", "frames"] = "features"
-    temporal: PackedTemporalSettings = PackedTemporalSettings()
-    norm: Literal["batch", "frozen", "layer"] = "batch"
-    transformer: TransformerSettings = TransformerSettings(width=1024, feed_forward=4096)
-
-    def tokens(self, frames: int) -> int:
-        """Visual tokens of a clip of that many frames."""
-        return -(-frames // 4) + 1
+from sltscale.settings import Length, Positive, Settings, Share
+from sltscale.visual_settings import (
+    HFAVisualSettings,
+    LoraSettings,
+    PackedTemporalSettings,
+    PackedVisualSettings,
+    TransformerSettings,
+    VisualSettings,
+)
 
 
 class SentenceEncoderSettings(TransformerSettings):
@@ -181,12 +51,23 @@ class TextDecoderSettings(TransformerSettings):
     init_std: Annotated[float, Field(gt=0)] = 0.02
 
 
-class GFSLTVLPSettings(Settings):
+class ComparisonSettings(Settings):
+    """What a contrastive loss compares.
+
+    group_size: each video is compared with the sentences of a group of at least so many clips out of the global batch,
+    whatever the ranks hold, or with those of all (none). duplicates: what another clip's sentence that reads the same
+    as a video's own is to it, also on other ranks.
+    """
+
+    group_size: Annotated[int, Field(ge=2)] | None = None
+    duplicates: Literal["negatives", "positives"] = "negatives"
+
+
+class GFSLTVLPSettings(ComparisonSettings):
     """GFSLT-VLP pretraining (arXiv 2307.14768): contrastive, and with masked_lm > 0 (version 2) the reconstruction of
     masked sentences, by a decoder that the other parts learn nothing from.
 
-    group_size: each video is compared with the sentences of a group of at least so many clips out of the global batch
-    (GFSLT-VLP: 4, what one of its GPUs holds), or with those of all (none). targets: see losses.contrastive.clip_loss.
+    group_size: by default 4, what one of GFSLT-VLP's GPUs holds. targets: see losses.contrastive.clip_loss.
     noise: which words of a sentence are masked (see data.noise); noise_rate: the largest share of them; shuffle_words:
     in one sentence of two their order is drawn too.
     """
@@ -234,15 +115,13 @@ class GFSLTSettings(Settings):
         ]
 
 
-class TokenContrastSettings(Settings):
+class TokenContrastSettings(ComparisonSettings):
     """Of CLCL, see losses.contrastive. max_logit_scale: ceiling of the learned factor (CiCo 100); initial_temperature:
     1 / what it starts from (CiCo 0.01, the end of CLIP's training).
 
-    group_size: as in GFSLTVLPSettings; C2RL leaves open whether its GPUs, with 8 clips each, compared theirs alone.
     special_tokens: </s> and language code are compared too, as CiCo's first and last token are.
     """
 
-    group_size: Annotated[int, Field(ge=2)] | None = None
     special_tokens: bool = True
     initial_temperature: Annotated[float, Field(gt=0)] = 0.07
     inner_temperature: Annotated[float, Field(gt=0)] = 0.07
@@ -344,7 +223,7 @@ class FeatureSettings(Settings):
         return [("data.max_frames", frames, "visual.transformer", self.visual.transformer.max_positions)]
 
 
-class HFAPretrainingSettings(Settings):
+class HFAPretrainingSettings(ComparisonSettings):
     """HFA pretraining (arXiv 2507.06732): L = alignment L_align + pseudo_gloss L_pg. A weight of 0 leaves its part out.
 
     language_model: the one of the translation stage; its encoder reads the segments through LoRA, and a frozen second

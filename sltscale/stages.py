@@ -37,6 +37,7 @@ from sltscale.engine.telemetry import Telemetry
 from sltscale.engine.watchdog import Watchdog
 from sltscale.errors import InputError
 from sltscale.evaluation import retrieval, translation
+from sltscale.evaluation.bleurt import Bleurt
 from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.extraction import encoder_of_features, extract
@@ -87,6 +88,9 @@ def check_stages(stages: list[Stage]) -> None:
                 f"recipe {stage.recipe.name} has data.features {read}, but {before.recipe.name}, which it starts from, "
                 f"writes {made.folder}; set it to that, or start from the recipe that trains the encoder"
             )
+    for checkpoint_name in {stage.recipe.evaluation.bleurt for stage in stages}:
+        if checkpoint_name is not None:
+            Bleurt(checkpoint_name)
 
 
 def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: Watchdog, began: float) -> None:
@@ -125,9 +129,12 @@ def _check_best(recipe: config.Recipe) -> None:
     known = {
         **translation.score(two, two, language="en", convention=convention),
         "bleu4_shuffled": 0.0,
+        **({} if recipe.evaluation.bleurt is None else {"bleurt": 0.0}),
         **retrieval.score_both(np.eye(2), two),
     }
     names = [name for name, value in known.items() if isinstance(value, int | float)]
+    if best.score == "bleurt" and recipe.evaluation.bleurt is None:
+        raise InputError(f'recipe {recipe.name}: train.keep_best.score "bleurt" needs evaluation.bleurt; set both')
     if best.score not in names:
         raise InputError(f"recipe {recipe.name}: train.keep_best.score {best.score!r}; {nearest(best.score, names)}")
 

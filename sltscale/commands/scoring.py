@@ -24,7 +24,9 @@ def add(commands: Commands) -> None:
         command.add_argument(
             "--out", type=Path, required=True, help="folder for metrics.json and the ranked or translated clips"
         )
-        command.set_defaults(work=work)
+        command.set_defaults(work=work, bleurt=None)
+        if work is evaluate:
+            command.add_argument("--bleurt", metavar="CHECKPOINT", help="instead of the recipe's; none for no BLEURT")
     command = commands.add_parser("compare", help="two runs' translations, with confidence intervals and p-values")
     for name in ("first", "second"):
         command.add_argument(name, type=Path, metavar="RUN", help="run folder, or one written by sltscale evaluate")
@@ -74,7 +76,12 @@ def _evaluate(options: argparse.Namespace, retrieval: bool) -> None:
     if compares != retrieval:
         does, other = ("retrieves", "retrieve") if compares else ("translates", "evaluate")
         raise InputError(f"{options.run}: its method, {model.recipe.method.name}, {does}; use sltscale {other}")
+    recipe = model.recipe
+    if options.bleurt is not None:
+        wanted = None if options.bleurt.lower() == "none" else options.bleurt
+        evaluation = recipe.evaluation.model_copy(update={"bleurt": wanted})
+        recipe = recipe.model_copy(update={"evaluation": evaluation})
     clips = Selection([open_index(options.shards, options.split)])
-    scores = evaluate_split(model.method, model.tokenizer, model.recipe, clips, options.out, device)
+    scores = evaluate_split(model.method, model.tokenizer, recipe, clips, options.out, device)
     print(table([["metric", "value"]] + [[k, f"{v:.4f}"] for k, v in scores.items() if isinstance(v, int | float)]))
     print(f"written: {options.out}")

@@ -59,7 +59,7 @@ def clip_loss(
                 others = groups[rows, None] != groups[None]
                 logits, partners = logits.masked_fill(others, torch.finfo(logits.dtype).min), partners & ~others
             losses.append(_divergence(logits, partners, targets, None if groups is None else others))
-            hits.append(partners.gather(1, logits.argmax(1, keepdim=True)).sum())
+            hits.append(_hits(logits, partners))
         return (losses[0] + losses[1]) / 2, hits[0], hits[1]
 
     return _sum_in_chunks(anchor_losses, own, 2 * count, chunk_elements)
@@ -75,16 +75,18 @@ def clcl_pair_loss(
     temperature: float = 0.07,
     mask_inner: bool = True,
     mix: Literal["sum2", "cico4"] = "sum2",
+    text_ids: Tensor | None = None,
     groups: Tensor | None = None,
     anchors: slice = slice(None),
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> LossOutput:
     """``clcl_loss`` of the similarities of N pairs, without ever holding all of them.
 
-    video [N, I, D], text [N, J, D] and the other arguments as ``clcl_similarity`` and ``clcl_loss`` take them; groups
-    and anchors as ``clip_loss``.
+    video [N, I, D], text [N, J, D] and the other arguments as ``clcl_similarity`` and ``clcl_loss`` take them;
+    text_ids, groups and anchors as ``clip_loss``.
     """
-    own = torch.arange(len(video), device=video.device)[anchors]
+    every = torch.arange(len(video), device=video.device)
+    own, ids = every[anchors], every if text_ids is None else text_ids
 
     def similarity(videos: Tensor | slice, texts: Tensor | slice) -> tuple[Tensor, Tensor]:
         return clcl_similarity(
@@ -98,7 +100,10 @@ def clcl_pair_loss(
         )
 
     def anchor_losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        others = None if groups is None else groups[rows, None] != groups[None]
+        others, partners = None, ids[rows, None] == ids[None]
+        if groups is not None:
+            others = groups[rows, None] != groups[None]
+            partners = partners & ~others
 
         def candidates(logits: Tensor) -> Tensor:
             return logits if others is None else logits.masked_fill(others, torch.finfo(logits.dtype).min)
@@ -106,10 +111,10 @@ def clcl_pair_loss(
         whole = slice(None)
         of_videos = [candidates(logits) for logits in similarity(rows, whole)]
         of_texts = [candidates(logits.T) for logits in similarity(whole, rows)]
-        loss = _cross_entropy(of_videos[0], rows) + _cross_entropy(of_texts[1], rows)
+        loss = _cross_entropy(of_videos[0], partners) + _cross_entropy(of_texts[1], partners)
         if mix == "cico4":
-            loss = (loss + _cross_entropy(of_texts[0], rows) + _cross_entropy(of_videos[1], rows)) / 4
-        return loss, (of_videos[0].argmax(1) == rows).sum(), (of_texts[1].argmax(1) == rows).sum()
+            loss = (loss + _cross_entropy(of_texts[0], partners) + _cross_entropy(of_videos[1], partners)) / 4
+        return loss, _hits(of_videos[0], partners), _hits(of_texts[1], partners)
 
     elements = len(video) * (video.shape[1] * text.shape[1]) * 2
     return _sum_in_chunks(anchor_losses, own, elements, chunk_elements)
@@ -149,14 +154,17 @@ def clcl_similarity(
     return logit_scale * v2t, logit_scale * t2v
 
 
-def clcl_loss(v2t: Tensor, t2v: Tensor, *, mix: Literal["sum2", "cico4"] = "sum2") -> LossOutput:
+def clcl_loss(
+    v2t: Tensor, t2v: Tensor, *, mix: Literal["sum2", "cico4"] = "sum2", text_ids: Tensor | None = None
+) -> LossOutput:
     """Contrastive loss of N pairs from both similarities, [N, N] each, [video, text], pair n on the diagonal.
 
     sum2 (C2RL eq. 1): cross-entropy of video anchors by v2t plus that of text anchors by t2v. cico4: the mean of all
-    four combinations of similarity and anchor. loss_sum / count is the mean over the N anchors. Metrics:
-    v2t_accuracy and t2v_accuracy, the share of anchors whose own partner is the most similar one.
+    four combinations of similarity and anchor. text_ids: as ``clip_loss``. loss_sum / count is the mean over the N
+    anchors. Metrics: v2t_accuracy and t2v_accuracy, the share of anchors whose most similar candidate is a partner.
     """
-    partners = torch.arange(v2t.shape[0], device=v2t.device)
+    ids = torch.arange(v2t.shape[0], device=v2t.device) if text_ids is None else text_ids
+    partners = ids[:, None] == ids[None]
     video_anchors, text_anchors = _cross_entropy(v2t, partners), _cross_entropy(t2v.T, partners)
     if mix == "sum2":
         loss_sum = video_anchors + text_anchors
@@ -165,8 +173,8 @@ def clcl_loss(v2t: Tensor, t2v: Tensor, *, mix: Literal["sum2", "cico4"] = "sum2
         loss_sum = (video_anchors + text_anchors + crossed) / 4
     with torch.no_grad():
         metrics = {
-            "v2t_accuracy": (v2t.argmax(1) == partners).float().mean(),
-            "t2v_accuracy": (t2v.argmax(0) == partners).float().mean(),
+            "v2t_accuracy": _hits(v2t, partners) / len(ids),
+            "t2v_accuracy": _hits(t2v.T, partners) / len(ids),
         }
     return LossOutput(loss_sum, torch.tensor(len(partners), device=v2t.device), metrics)
 
@@ -188,8 +196,7 @@ def _divergence(
 ) -> Tensor:
     """Summed over the rows of logits [c, N]; partners and others (who are no candidates) bool [c, N]."""
     if targets == "one_hot":
-        target = partners.to(logits.dtype) / partners.sum(1, keepdim=True)
-        return F.cross_entropy(logits, target, reduction="sum")
+        return _cross_entropy(logits, partners)
     target = 10 * partners.to(logits.dtype)
     if others is not None:  # the lowest finite number, not -inf: 0 * (-inf - -inf) would be NaN
         target = target.masked_fill(others, torch.finfo(target.dtype).min)
@@ -215,5 +222,12 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets, reduction="sum")
+def _cross_entropy(logits: Tensor, partners: Tensor) -> Tensor:
+    """Summed over the rows of logits [c, N], whose partners (bool [c, N]) share the target evenly."""
+    target = partners.to(logits.dtype) / partners.sum(1, keepdim=True)
+    return F.cross_entropy(logits, target, reduction="sum")
+
+
+def _hits(logits: Tensor, partners: Tensor) -> Tensor:
+    """How many rows of logits [c, N] have a partner as their largest."""
+    return partners.gather(1, logits.argmax(1, keepdim=True)).sum()

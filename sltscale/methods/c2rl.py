@@ -53,7 +53,7 @@ class C2RL(TokenContrast):
         video, video_mask = self.encode_video(batch.frames)
         features, losses = Features(), {}
         if "contrastive" in self.weights:
-            features = self.compared_features(video, video_mask, text, batch.ids)
+            features = self.compared_features(video, video_mask, text, batch)
         if "lm" in self.weights and not features_only:
             decoder_ids, labels = teacher_forcing(text, self.vocabulary)
             logits = self.text_decoder(decoder_ids, video, video_mask)

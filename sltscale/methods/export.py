@@ -7,6 +7,7 @@ lexicon/            the pseudo-glosses, where the method learns them
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +174,11 @@ def transfer(method: Method, folder: Path, parts: Sequence[str], fresh: Sequence
 
 
 def _method_of(folder: Path) -> str:
-    path = folder / "config.json"
-    return recipe_from_json(path.read_text(), str(path)).method.name if path.is_file() else "unknown"
+    """For an error message, so whatever the file is like."""
+    try:
+        return str(json.loads((folder / "config.json").read_text())["method"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def _first(names: Sequence[str]) -> str:

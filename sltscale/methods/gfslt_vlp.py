@@ -18,7 +18,7 @@ from sltscale.errors import InputError
 from sltscale.losses.contrastive import clip_loss
 from sltscale.losses.seq2seq import label_smoothed_cross_entropy
 from sltscale.methods.base import Encode, RetrievalMethod, Vocabulary
-from sltscale.methods.groups import clip_keys, gathered_groups
+from sltscale.methods.comparison import comparison_rows, gathered_comparison
 from sltscale.models.language import TextDecoder, TextEncoder, load_decoder_start
 from sltscale.models.layers import LogitScale
 from sltscale.models.mbart import teacher_forcing
@@ -76,9 +76,7 @@ class GFSLTVLP(RetrievalMethod):
         self, batch: VideoBatch, text: TextBatch, *, features_only: bool
     ) -> tuple[dict[str, LossOutput], Features]:
         video, sentence = self._video(batch.frames), self._sentence(text)
-        rows = {"video": video, "text": sentence}
-        if self.settings.group_size is not None:
-            rows["key"] = clip_keys(batch.ids, video.device)
+        rows = {"video": video, "text": sentence} | comparison_rows(self.settings, batch, video.device)
         losses = {}
         if "masked_lm" in self.weights and not features_only:
             given = text if text.masked is None else text.masked
@@ -94,10 +92,16 @@ class GFSLTVLP(RetrievalMethod):
         rows, scale = features.rows, features.shared["scale"]
         pairs = torch.stack([rows["video"], rows["text"]], 1)
         pairs, _, own = parallel.gather(pairs, torch.ones_like(pairs[..., 0]))
-        groups = None
-        if self.settings.group_size is not None:
-            groups = gathered_groups(rows["key"], self.settings.group_size)
-        loss = clip_loss(pairs[:, 0], pairs[:, 1], scale, targets=self.settings.targets, groups=groups, anchors=own)
+        groups, text_ids = gathered_comparison(self.settings, rows)
+        loss = clip_loss(
+            pairs[:, 0],
+            pairs[:, 1],
+            scale,
+            targets=self.settings.targets,
+            text_ids=text_ids,
+            groups=groups,
+            anchors=own,
+        )
         metrics = {**loss.metrics, "logit_scale": scale.detach()[0]}
         return {"contrastive": LossOutput(loss.loss_sum, loss.count, metrics)}
 

@@ -19,6 +19,7 @@ from sltscale.errors import InputError
 from sltscale.losses.contrastive import clip_loss
 from sltscale.losses.lexical import pseudo_gloss_loss, pseudo_gloss_scores
 from sltscale.methods.base import RetrievalMethod, Vocabulary
+from sltscale.methods.comparison import comparison_rows, gathered_comparison
 from sltscale.methods.translation import TranslationMethod
 from sltscale.models.dino import DinoEncoder
 from sltscale.models.layers import GlobalBatchNorm, LogitScale
@@ -77,6 +78,7 @@ class HFAPretraining(RetrievalMethod):
         features, losses = Features(), {}
         if "alignment" in self.weights:
             rows = {"video": self._video(segments), "text": self._text(text)}
+            rows |= comparison_rows(self.settings, batch, rows["video"].device)
             features = Features(rows, {"scale": self.logit_scale()})
         if "pseudo_gloss" in self.weights and not features_only:
             if self.lexicon is None:
@@ -93,12 +95,21 @@ class HFAPretraining(RetrievalMethod):
             return {}
         every = {}
         own = slice(None)
-        for name, rows in features.rows.items():
-            one = rows[:, None]
+        for name in ("video", "text"):
+            one = features.rows[name][:, None]
             gathered, _, own = parallel.gather(one, torch.ones(one.shape[:2], device=one.device))
             every[name] = gathered[:, 0]
         scale = features.shared["scale"]
-        loss = clip_loss(every["video"], every["text"], scale, targets="softmax10", anchors=own)
+        groups, text_ids = gathered_comparison(self.settings, features.rows)
+        loss = clip_loss(
+            every["video"],
+            every["text"],
+            scale,
+            targets="softmax10",
+            text_ids=text_ids,
+            groups=groups,
+            anchors=own,
+        )
         return {"alignment": LossOutput(loss.loss_sum, loss.count, {**loss.metrics, "logit_scale": scale.detach()[0]})}
 
     def counts(self, text: TextBatch) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Retrieval(TokenContrast):
     def encode(
         self, batch: VideoBatch, text: TextBatch, *, features_only: bool
     ) -> tuple[dict[str, LossOutput], Features]:
-        return {}, self.compared_features(*self.encode_video(batch.frames), text, batch.ids)
+        return {}, self.compared_features(*self.encode_video(batch.frames), text, batch)
 
     def encode_video(self, frames: Ragged) -> tuple[Tensor, Tensor]:
         tokens: Ragged = self.visual(frames)

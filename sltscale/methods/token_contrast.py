@@ -5,8 +5,6 @@ Letters: A and B videos and sentences, I and J their tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,10 @@ from sltscale.config import TokenContrastSettings
 from sltscale.errors import InputError
 from sltscale.losses.contrastive import clcl_pair_loss, clcl_similarity
 from sltscale.methods.base import RetrievalMethod
-from sltscale.methods.groups import clip_keys, gathered_groups
+from sltscale.methods.comparison import comparison_rows, gathered_comparison
 from sltscale.models.language import TextEncoder
 from sltscale.models.layers import LogitScale
-from sltscale.structures import Features, LossOutput, TextBatch
+from sltscale.structures import Features, LossOutput, TextBatch, VideoBatch
 
 SPECIAL_TOKENS = 2  # that end a sentence: </s> and language code
 SIMILARITY_ELEMENTS = 2**24  # of the [A, I, B, J] cosines held at a time when all pairs are compared (64 MiB)
@@ -34,12 +32,11 @@ class TokenContrast(RetrievalMethod):
     text_encoder: TextEncoder
     logit_scale: LogitScale
 
-    def compared_features(self, video: Tensor, video_mask: Tensor, text: TextBatch, clips: Sequence[str]) -> Features:
-        """What clips of these ids are compared by: visual tokens, those of their sentences, and the learned factor."""
+    def compared_features(self, video: Tensor, video_mask: Tensor, text: TextBatch, batch: VideoBatch) -> Features:
+        """What the clips of ``batch`` are compared by: visual tokens, those of their sentences, the learned factor."""
         sentence, sentence_mask = self.encode_text(text)
         rows = {"video": video, "video_mask": video_mask, "text": sentence, "text_mask": sentence_mask}
-        if self.settings.group_size is not None:
-            rows["key"] = clip_keys(clips, video.device)
+        rows |= comparison_rows(self.settings, batch, video.device)
         return Features(rows, {"scale": self.logit_scale()})
 
     def contrast(self, features: Features) -> dict[str, LossOutput]:
@@ -52,7 +49,7 @@ class TokenContrast(RetrievalMethod):
         text, text_mask, _ = parallel.gather(rows["text"] * rows["text_mask"][..., None], rows["text_mask"])
         video, video_mask, own = parallel.gather(rows["video"] * rows["video_mask"][..., None], rows["video_mask"])
         settings = self.settings
-        groups = None if settings.group_size is None else gathered_groups(rows["key"], settings.group_size)
+        groups, text_ids = gathered_comparison(settings, rows)
         loss = clcl_pair_loss(
             video,
             text,
@@ -62,6 +59,7 @@ class TokenContrast(RetrievalMethod):
             temperature=settings.inner_temperature,
             mask_inner=settings.mask_inner,
             mix=settings.mix,
+            text_ids=text_ids,
             groups=groups,
             anchors=own,
         )

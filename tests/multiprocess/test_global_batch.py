@@ -109,7 +109,7 @@ def prepare_batch_norm() -> Callable[[], None]:
     return compare
 
 
-def tiny_method(mix: str, dtype: torch.dtype) -> Method:
+def tiny_method(mix: str, dtype: torch.dtype, duplicates: str) -> Method:
     blocks = TransformerSettings(layers=1, width=24, heads=4, feed_forward=32, dropout=0.0, max_positions=32)
     frames = ResNetSettings(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1))
     settings = C2RLSettings(
@@ -120,6 +120,7 @@ def tiny_method(mix: str, dtype: torch.dtype) -> Method:
         alpha=0.7,
         beta=1.3,
         mix=mix,
+        duplicates=duplicates,
         mask_inner=mix == "sum2",  # CiCo's own loss comes with its own, unmasked softmax
     )
     torch.manual_seed(0)
@@ -134,28 +135,32 @@ def part_of_batch(own: slice) -> tuple[VideoBatch, TextBatch]:
     mask = torch.arange(8)[None] < lengths[:, None]
     ids = torch.where(mask, torch.randint(3, 40, (7, 8)), 1)[own]
     longest = int(lengths[own].max())
-    names = [str(i) for i in range(len(clips))]
+    names = [str(i) for i in range(7)][own]
+    said = ["a", "b", "c", "a", "b", "d", "a"][own]  # some of them on other ranks too
     text = TextBatch(ids[:, :longest], mask[own][:, :longest].long())
-    return VideoBatch(names, Ragged.from_list(clips), names, ["de"] * len(clips)), text
+    return VideoBatch(names, Ragged.from_list(clips), said, ["de"] * len(clips)), text
 
 
 def prepare_c2rl() -> Callable[[], None]:
     references = []
-    for mix, dtype, tolerance in (
-        ("sum2", torch.float64, 1e-11),
-        ("sum2", torch.float32, 1e-5),
-        ("cico4", torch.float64, 1e-11),
+    for mix, dtype, tolerance, duplicates in (
+        ("sum2", torch.float64, 1e-11, "negatives"),
+        ("sum2", torch.float32, 1e-5, "negatives"),
+        ("cico4", torch.float64, 1e-11, "negatives"),
+        ("sum2", torch.float64, 1e-11, "positives"),
     ):
-        method = tiny_method(mix, dtype)
+        method = tiny_method(mix, dtype, duplicates)
         losses = method(*part_of_batch(slice(None)))
         values = {part: loss.loss_sum / loss.count for part, loss in losses.items()}
         sum(method.weights[part] * value for part, value in values.items()).backward()
-        references.append((mix, dtype, tolerance, method, values))
+        references.append((mix, dtype, tolerance, duplicates, method, values))
 
     def compare() -> None:
         world = dist.get_world_size()
-        for mix, dtype, tolerance, single, values in references:
-            method = tiny_method(mix, dtype)
+        contrastive = {duplicates: float(values["contrastive"]) for *_, duplicates, _, values in references}
+        assert contrastive["negatives"] != contrastive["positives"]
+        for mix, dtype, tolerance, duplicates, single, values in references:
+            method = tiny_method(mix, dtype, duplicates)
             losses = method(*part_of_batch(share(7)))
             total: Tensor | float = 0.0
             for part, loss in losses.items():

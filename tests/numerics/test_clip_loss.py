@@ -70,6 +70,21 @@ def test_equal_sentences_are_partners_of_each_other() -> None:
     assert float(clip_loss(same, same, 10.0, targets="softmax10").loss_sum.abs()) < 1e-12
 
 
+@pytest.mark.parametrize("mix", ["sum2", "cico4"])
+def test_equal_sentences_are_partners_in_clcl_too(mix: str) -> None:
+    v2t, t2v = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ids = [7, 3, 7, 3, 9]
+    expected = 0.0
+    by_mix = {"sum2": [(v2t, 1.0), (t2v.T, 1.0)], "cico4": [(z, 0.25) for z in (v2t, t2v.T, v2t.T, t2v)]}
+    for logits, weight in by_mix[mix]:
+        for n in range(5):
+            partners = [m for m in range(5) if ids[m] == ids[n]]
+            expected -= weight * sum(float(logits[n].log_softmax(0)[m]) for m in partners) / len(partners)
+    assert float(clcl_loss(v2t, t2v, mix=mix, text_ids=torch.tensor(ids)).loss_sum) == pytest.approx(
+        expected, abs=1e-12
+    )
+
+
 def test_accuracy_counts_any_partner() -> None:
     video = torch.eye(3)
     text = torch.eye(3)[[1, 0, 2]]  # the first two are swapped
@@ -100,7 +115,10 @@ def test_parts_of_the_anchors_add_up_in_value_and_gradient(targets: str, chunk_e
 @pytest.mark.parametrize("mask_inner", [True, False])
 @pytest.mark.parametrize("mix", ["sum2", "cico4"])
 @pytest.mark.parametrize("chunk_elements", [1, 400, 10**6])
-def test_clcl_in_chunks_equals_the_dense_form(mask_inner: bool, mix: str, chunk_elements: int) -> None:
+@pytest.mark.parametrize("text_ids", [None, torch.tensor([3, 5, 3, 8, 5, 3, 1])], ids=["all differ", "some are equal"])
+def test_clcl_in_chunks_equals_the_dense_form(
+    mask_inner: bool, mix: str, chunk_elements: int, text_ids: torch.Tensor | None
+) -> None:
     generator = torch.Generator().manual_seed(1)
     video = torch.randn(7, 5, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     text = torch.randn(7, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -108,7 +126,7 @@ def test_clcl_in_chunks_equals_the_dense_form(mask_inner: bool, mix: str, chunk_
     text_mask = torch.arange(4)[None] < torch.tensor([2, 4, 1, 3, 4, 2, 3])[:, None]
     scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=True)
     similarities = clcl_similarity(video, text, video_mask, text_mask, scale, mask_inner=mask_inner)
-    dense = clcl_loss(*similarities, mix=mix)
+    dense = clcl_loss(*similarities, mix=mix, text_ids=text_ids)
     parts = [
         clcl_pair_loss(
             video,
@@ -118,6 +136,7 @@ def test_clcl_in_chunks_equals_the_dense_form(mask_inner: bool, mix: str, chunk_
             scale,
             mask_inner=mask_inner,
             mix=mix,
+            text_ids=text_ids,
             anchors=anchors,
             chunk_elements=chunk_elements,
         )

@@ -23,9 +23,9 @@ from sltscale.data.text import TextTokenizer, build_corpus_tokenizer
 from sltscale.errors import InputError
 from sltscale.methods import export
 from sltscale.methods.base import Method, Vocabulary, build_method
+from sltscale.methods.comparison import group_clips
 from sltscale.methods.gfslt import GFSLT
 from sltscale.methods.gfslt_vlp import GFSLTVLP
-from sltscale.methods.groups import group_clips
 from sltscale.recipe_files import load_recipe, recipe_names
 from sltscale.structures import Ragged, TextBatch, VideoBatch
 
@@ -341,7 +341,7 @@ def test_parts_and_fresh_names_that_are_not_there(tokenizer: TextTokenizer, tmp_
         ((DECODER_PART,), (), "holds no part text_decoder.blocks; it holds"),
         (("visual.frames -> encoder",), (), "the model has no part encoder; it has"),
         ((ENCODER,), ("visual.sign",), "start.fresh: the model holds nothing called visual.sign"),
-        (("visual.temporal",), (), "weights do not fit the model: sign_embedding"),
+        (("visual.temporal",), (), "weights do not fit the model: missing sign_embedding"),
         (("visual.frames -> visual.temporal",), (), "weights do not fit the model: "),
     ):
         with pytest.raises(InputError, match=message):

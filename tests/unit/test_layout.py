@@ -35,6 +35,7 @@ DOORS = {
         "sltscale/models/sampling.py",
         "sltscale/models/language_attention.py",
         "sltscale/data/text.py",
+        "sltscale/evaluation/bleurt.py",
     ),
     "tokenizers": ("sltscale/models/frames.py", "sltscale/models/language.py", "sltscale/data/text.py"),
     "peft": ("sltscale/models/*.py",),

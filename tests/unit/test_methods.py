@@ -1,5 +1,6 @@
 """The methods' contract: sums and counts, every parameter trained, padding without effect, published sizes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -21,7 +22,7 @@ from sltscale.config import (
 from sltscale.errors import InputError
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.methods.c2rl import C2RL
-from sltscale.methods.groups import clip_keys, group_clips
+from sltscale.methods.comparison import group_clips, keys_of
 from sltscale.methods.translation import Translation
 from sltscale.structures import LossOutput, Ragged, TextBatch, VideoBatch
 
@@ -210,7 +211,7 @@ def test_clips_are_compared_in_groups() -> None:
     settings = PRETRAINING.model_copy(update={"beta": 0.0, "group_size": 3})
     method = build_method(settings, VOCABULARY).eval().double()
     batch, text = example([5, 1, 9, 3, 4, 2, 6], [7, 3, 5, 4, 6, 5, 3])
-    groups = group_clips(clip_keys(batch.ids, torch.device("cpu")), 3)
+    groups = group_clips(keys_of(batch.ids, torch.device("cpu")), 3)
     assert sorted(groups.bincount().tolist()) == [3, 4]
     found = method(batch, text)["contrastive"]
     alone = build_method(PRETRAINING.model_copy(update={"beta": 0.0}), VOCABULARY).eval().double()
@@ -227,6 +228,24 @@ def test_clips_are_compared_in_groups() -> None:
         losses.append(alone(part, TextBatch(text.input_ids[rows], text.attention_mask[rows]))["contrastive"].loss_sum)
     torch.testing.assert_close(found.loss_sum, sum(losses))
     assert not torch.isclose(found.loss_sum, alone(batch, text)["contrastive"].loss_sum)
+
+
+@pytest.mark.parametrize("settings", [PRETRAINING, RETRIEVAL], ids=["c2rl", "retrieval"])
+def test_equal_sentences_are_partners_when_asked_for(settings: MethodSettings) -> None:
+    """With all sentences equal no candidate is wrong, and accuracy is 1; of another language they are not equal."""
+    method = build_method(settings.model_copy(update={"duplicates": "positives"}), VOCABULARY).eval()
+    batch, text = example([5, 1, 9, 3], [7, 3, 5, 4])
+
+    def accuracy(method: Method, texts: list[str], languages: list[str]) -> float:
+        changed = dataclasses.replace(batch, texts=texts, languages=languages)
+        return float(method(changed, text)["contrastive"].metrics["v2t_accuracy"])
+
+    negatives = build_method(settings, VOCABULARY).eval()
+    negatives.load_state_dict(method.state_dict())
+    german = ["de"] * 4
+    assert accuracy(method, ["same"] * 4, german) == 1
+    assert accuracy(negatives, ["same"] * 4, german) < 1
+    assert accuracy(method, ["same"] * 4, ["de", "en", "zh", "fr"]) == accuracy(negatives, ["same"] * 4, german)
 
 
 def test_source_tokens_stand_behind_each_clip() -> None:
