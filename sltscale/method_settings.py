@@ -134,7 +134,8 @@ class C2RLSettings(TokenContrastSettings):
     """C2RL pretraining (arXiv 2408.09949): L = alpha L_con + beta L_lm.
 
     text_encoder: of another width than the visual tokens, it gets a linear layer behind it. share_embeddings: it has
-    one token embedding with the decoder; tied: the decoder's embedding and output layer are one matrix.
+    one token embedding with the decoder, which is kept with the encoder, so that another such run starts from both with
+    start.fresh = ["text_decoder.blocks.embed_tokens"]; tied: the decoder's embedding and output layer are one matrix.
     """
 
     name: Literal["c2rl"]

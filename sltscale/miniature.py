@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sltscale.config import Recipe, SyntheticSettings
+from sltscale.config import C2RLSettings, Recipe, SyntheticSettings
 
 STEPS = 2
 CLIPS_PER_RANK = 2
@@ -42,6 +42,9 @@ def tiny_recipe(recipe: Recipe, ranks: int, drawn_shards: Path | None) -> Recipe
         "workers": min(1, recipe.data.workers),
     }
     method = _narrowed(tree["method"])
+    own = recipe.method
+    if isinstance(own, C2RLSettings) and own.text_encoder.width != own.visual.transformer.width:
+        method["text_encoder"]["width"] = 2 * NARROW["width"]  # which takes a layer between the two
     if drawn_shards is not None:
         size = min(SYNTHETIC_SIZE, recipe.data.frame_size)
         drawn = {"shards": str(drawn_shards), "synthetic": SYNTHETIC.model_dump(), "mix": (), "frame_size": size}

@@ -43,7 +43,7 @@ from sltscale.errors import InputError
 from sltscale.methods import export
 from sltscale.methods.base import Vocabulary, build_method
 from sltscale.miniature import STEPS, SYNTHETIC_SIZE, tiny_recipe, without_published_weights
-from sltscale.stages import Stage, lexicon_of
+from sltscale.stages import Stage, check_bleurt, lexicon_of
 
 SENTENCES = 20_000  # that a tokenizer is learnt from
 
@@ -55,6 +55,7 @@ def rehearse(stages: list[Stage], deepspeed_json: dict[str, Any], ranks: int | N
     """
     began = time.perf_counter()
     device = start_processes()
+    check_bleurt(stages)
     with _temporary() as temporary, Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
         watchdog.watch("the dry run")
         before: Path | None = None

@@ -37,7 +37,7 @@ from sltscale.engine.telemetry import Telemetry
 from sltscale.engine.watchdog import Watchdog
 from sltscale.errors import InputError
 from sltscale.evaluation import retrieval, translation
-from sltscale.evaluation.bleurt import Bleurt
+from sltscale.evaluation.bleurt import load_bleurt
 from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.extraction import encoder_of_features, extract
@@ -48,7 +48,10 @@ from sltscale.methods.encoder import save_encoder
 from sltscale.recipe_files import nearest
 
 Scores = dict[str, Any]
-HEADLINES = ("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "t2v_recall@1", "v2t_recall@1", "t2v_recall@5")
+HEADLINES = (
+    *("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "bleurt"),
+    *("t2v_recall@1", "v2t_recall@1", "t2v_recall@5"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,13 @@ def check_stages(stages: list[Stage]) -> None:
                 f"recipe {stage.recipe.name} has data.features {read}, but {before.recipe.name}, which it starts from, "
                 f"writes {made.folder}; set it to that, or start from the recipe that trains the encoder"
             )
-    for checkpoint_name in {stage.recipe.evaluation.bleurt for stage in stages}:
-        if checkpoint_name is not None:
-            Bleurt(checkpoint_name)
+
+
+def check_bleurt(stages: list[Stage]) -> None:
+    """InputError if a checkpoint that translations are to be scored by cannot be had; a collective."""
+    for name in dict.fromkeys(stage.recipe.evaluation.bleurt for stage in stages):
+        if name is not None:
+            load_bleurt(name)
 
 
 def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: Watchdog, began: float) -> None:
@@ -113,6 +120,7 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
     # Before the watchdog, which does not know who is missing.
     longest = max(stage.recipe.train.watchdog_seconds for stage in stages)
     device = start_processes(min(LIMIT_SECONDS, 0.8 * stages[0].recipe.train.watchdog_seconds), longest)
+    check_bleurt(stages)
     scores: list[Scores] = []
     for stage in stages:
         scores.append(train_stage(stage, deepspeed_json, device, watchdog, began))
@@ -444,9 +452,10 @@ def _summarise(stages: list[Stage], scores: list[dict[str, Any]]) -> None:
         summary |= {name: value for name, value in values.items() if isinstance(value, int | float)}
     summary |= {"seconds": sum(seconds.values()), "stages": seconds}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    rows = [["stage (test split)", *HEADLINES, "minutes"]]
+    columns = [name for name in HEADLINES if name != "bleurt" or any(name in values for values in scores)]
+    rows = [["stage (test split)", *columns, "minutes"]]
     for stage, values in zip(stages, scores, strict=True):
-        cells = [f"{values[name]:.2f}" if name in values else "-" for name in HEADLINES]
+        cells = [f"{values[name]:.2f}" if name in values else "-" for name in columns]
         rows.append([stage.recipe.name, *cells, f"{seconds[stage.recipe.name] / 60:.1f}"])
     print(table(rows))
     print(f"run folder: {folder}", flush=True)

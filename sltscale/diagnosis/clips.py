@@ -10,6 +10,7 @@ import numpy as np
 
 from sltscale.config import DataSettings, Recipe
 from sltscale.data.batches.splits import check_split
+from sltscale.data.clips import SPLITS
 from sltscale.data.shards.features import read_tokens
 from sltscale.data.shards.index import Index, open_index, splits
 from sltscale.data.shards.remote import THREADS
@@ -20,7 +21,6 @@ from sltscale.data.video.stored import decode_clip
 from sltscale.diagnosis.finding import Finding
 from sltscale.errors import InputError
 
-SPLITS = ("train", "dev", "test")
 TRIED_FRAMES, TRIED_SIZE = 3, 96
 READ_SHARDS = 64  # of a split, spread over it, of each of which a clip is read
 
@@ -66,6 +66,7 @@ def features(recipe: Recipe) -> Iterator[Finding]:
     subject = f"features {where}"
     if not splits(where) and recipe.start is not None and recipe.start.recipe is not None:
         yield Finding(subject, "ok", f"not there yet; {recipe.start.recipe}, which is run first, writes them")
+        yield from shards(recipe.data.shards, recipe.data, SPLITS)
         return
     for split in SPLITS:
         index = open_index(where, split)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from sltscale.config import Recipe
+from sltscale.data.clips import SPLITS
 from sltscale.diagnosis import clips, disk, inputs, kernels, software
 from sltscale.diagnosis.finding import Check, Finding, examine
 
@@ -29,11 +30,11 @@ def _checks(recipe: Recipe | None, run: Path, shards: str | None) -> Iterator[tu
     yield f"run folder {run}", partial(disk.run_folder, run, recipe)
     data = None if recipe is None else recipe.data
     if shards is not None:
-        yield f"shards {shards}", partial(clips.shards, shards, data, clips.SPLITS if data else ())
+        yield f"shards {shards}", partial(clips.shards, shards, data, SPLITS if data else ())
     elif recipe is not None and recipe.data.features is not None:
         yield f"features {recipe.data.features}", partial(clips.features, recipe)
     elif data is not None:
-        yield f"shards {data.shards}", partial(clips.shards, data.shards, data, clips.SPLITS)
+        yield f"shards {data.shards}", partial(clips.shards, data.shards, data, SPLITS)
         for part in data.mix:
             yield f"shards {part.shards}", partial(clips.shards, part.shards, data, ("train",))
     if recipe is not None:

@@ -32,6 +32,8 @@ def hub_files(recipe: Recipe) -> Iterator[Finding]:
     ]
     if recipe.text.tokenizer != "corpus":
         wanted.append(("text.tokenizer", recipe.text.tokenizer, TOKENIZER_FILES))
+    if recipe.evaluation.bleurt is not None:
+        wanted.append(("evaluation.bleurt", recipe.evaluation.bleurt, (*MODEL_FILES, ("tokenizer.json", "vocab.txt"))))
     for key, name, files in wanted:
         yield _files(key, name, files, recipe)
     if not wanted:

@@ -13,10 +13,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and can go on
 
 
 class HeldSignals:
-    """While a rank checks what it was given, SIGTERM and SIGUSR1 are held; from ``heed`` on they interrupt as SIGINT.
+    """While a rank checks what it was given, SIGTERM and SIGUSR1 are held; from ``heed`` on they interrupt as
+    SIGINT does.
 
     All ranks find the same fault, one of them first, and the launcher then ends the others. Of the ranks of a step srun
-    reports the highest exit code: one that were interrupted before it finds the fault itself would hide the 2.
+    reports the highest exit code: a rank that was interrupted before it found the fault would end with 75 and hide
+    the 2.
     """
 
     def __init__(self) -> None:

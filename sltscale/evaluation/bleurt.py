@@ -8,6 +8,7 @@ code of their own; docs/evaluation.md says which there are and which cannot be l
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from sltscale import parallel
 from sltscale.errors import InputError
 from sltscale.evaluation.translation import one_line
 from sltscale.models.pretrained import load_pretrained
@@ -56,16 +58,19 @@ class Bleurt:
         self._longest: int = min(LONGEST, positions, self._tokenizer.model_max_length)
 
     def score(self, hypotheses: Sequence[str], references: Sequence[str], device: torch.device) -> Scored:
-        """Of one hypothesis and one reference per clip; InputError if there are none or the two numbers differ."""
+        """Of one hypothesis and one reference per clip, the same on every rank, which share the work (a collective).
+        InputError if there are none or the two numbers differ."""
         if not references or len(hypotheses) != len(references):
             raise InputError(
                 f"{len(hypotheses)} hypotheses and {len(references)} references; expected the same number, at least one"
             )
-        each, truncated = self.score_each(hypotheses, references, device)
+        mine = slice(parallel.rank(), None, parallel.world_size())
+        parts = parallel.gather_objects(self.score_each(hypotheses[mine], references[mine], device))
+        each, truncated = [score for scores, _ in parts for score in scores], sum(cut for _, cut in parts)
         name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
         digest = _digest(self._model.state_dict())
         signature = f"{name}|sha256:{digest}|tokens:{self._longest}|mean:sentences|times:100"
-        return Scored(100 * sum(each) / len(each), truncated, signature)
+        return Scored(100 * math.fsum(each) / len(each), truncated, signature)
 
     @torch.inference_mode()
     def score_each(
@@ -74,6 +79,8 @@ class Bleurt:
         """(what the model gives for each pair, how many pairs were cut to its length). About 0 to 1, but nothing keeps
         it there. Texts are brought to one line first, as for every other score; an empty hypothesis is asked for too.
         """
+        if not hypotheses:
+            return [], 0
         ours, theirs = ([one_line(text) for text in texts] for texts in (hypotheses, references))
         lengths = [len(ids) for ids in self._tokenizer(theirs, ours, verbose=False)["input_ids"]]
         order = sorted(range(len(ours)), key=lambda pair: lengths[pair])
@@ -93,6 +100,13 @@ class Bleurt:
             for pair, value in zip(pairs, logits[:, 0].tolist(), strict=True):
                 found[pair] = value
         return found, sum(length > self._longest for length in lengths)
+
+
+def load_bleurt(name: str) -> Bleurt:
+    """On every rank, rank 0 first, which may have to fetch it; InputError on all if that fails (a collective)."""
+    first: list[Bleurt] = []
+    parallel.on_rank_zero(lambda: first.append(Bleurt(name)))
+    return first[0] if first else Bleurt(name)
 
 
 def _config(name: str) -> Any:

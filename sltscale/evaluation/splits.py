@@ -20,7 +20,7 @@ from sltscale.data.noise import sampling_seeds
 from sltscale.data.text import TextTokenizer
 from sltscale.errors import InputError
 from sltscale.evaluation import report, retrieval, translation
-from sltscale.evaluation.bleurt import Bleurt
+from sltscale.evaluation.bleurt import load_bleurt
 from sltscale.methods.base import RetrievalMethod
 from sltscale.models.translator import Translator
 from sltscale.structures import VideoBatch
@@ -62,7 +62,7 @@ def translate_split(
 ) -> Scores:
     """Beam-search every clip; BLEU, chrF, ROUGE-L, BLEU against other clips' sentences, and BLEURT if it is wanted."""
     settings = recipe.evaluation
-    bleurt = _bleurt_on_rank_zero(settings.bleurt) if settings.bleurt is not None else None
+    bleurt = None if settings.bleurt is None else load_bleurt(settings.bleurt)
     mine: dict[int, str] = {}
     for numbers, batch in _my_batches(clips, recipe, "translating"):
         mine |= zip(numbers, _translate(method, tokenizer, recipe, batch, device), strict=True)
@@ -89,8 +89,8 @@ def translate_split(
             append_period=settings.append_period,
             seed=recipe.seed,
         )
-    if settings.bleurt is not None:
-        learnt = parallel.on_rank_zero(lambda: bleurt.score(hypotheses, references, device))  # type: ignore[union-attr]
+    if bleurt is not None:
+        learnt = bleurt.score(hypotheses, references, device)
         scores |= {"bleurt": learnt.value, "bleurt_truncated": learnt.truncated}
         scores["signature"]["bleurt"] = learnt.signature
     scores |= _provenance(clips) | {
@@ -150,13 +150,6 @@ def _translate(
         drawn = method.sample(frames, languages, seeds=seeds, **settings.sampling.model_dump(), **lengths)
         return tokenizer.decode([one.ids for (one,) in drawn])
     return tokenizer.decode(method.generate(frames, languages, beams=settings.beams, **lengths))
-
-
-def _bleurt_on_rank_zero(name: str) -> Bleurt | None:
-    """The model on rank 0, nothing on the others; InputError on all."""
-    loaded: list[Bleurt] = []
-    parallel.on_rank_zero(lambda: loaded.append(Bleurt(name)))
-    return loaded[0] if loaded else None
 
 
 def _provenance(clips: Selection) -> Scores:

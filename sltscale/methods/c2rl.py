@@ -21,7 +21,8 @@ class C2RL(TokenContrast):
     """L = alpha L_con + beta L_lm. A part with weight 0 is neither built nor computed.
 
     L_con: CLCL between all videos and sentences of the global batch (the sentence encoder reads the full target ids,
-    </s> and language code included). L_lm: the decoder writes the sentence from the visual tokens.
+    </s> and language code included; whether these two are compared is a setting). L_lm: the decoder writes the sentence
+    from the visual tokens.
     """
 
     def __init__(self, settings: C2RLSettings, vocabulary: Vocabulary) -> None:
@@ -37,8 +38,11 @@ class C2RL(TokenContrast):
         self.text_projection: nn.Linear | None = None
         if "contrastive" in self.weights:
             self.text_encoder = TextEncoder(settings.text_encoder, vocabulary)
-            if self.text_encoder.width != self.visual.width:
-                self.text_projection = nn.Linear(self.text_encoder.width, self.visual.width)
+            width = self.text_encoder.width
+            if width != settings.text_encoder.width:
+                raise InputError(f"{settings.text_encoder.pretrained} is {width} wide: set method.text_encoder.width")
+            if width != self.visual.width:
+                self.text_projection = nn.Linear(width, self.visual.width)
             self.logit_scale = LogitScale(settings.max_logit_scale, settings.initial_temperature)
         if "lm" in self.weights:
             self.text_decoder = TextDecoder(settings.text_decoder, vocabulary)

@@ -73,8 +73,8 @@ class PrefixCoupling(Coupling):
         positions = positions_of(model)
         if positions is not None and length > positions:
             raise InputError(
-                f"visual tokens, prompt and sentence are {length} steps, the language model has {positions} positions; "
-                f"lower data.max_frames or text.max_tokens, or take another language model"
+                f"start, visual tokens, prompt and sentence are {length} steps, the language model has {positions} "
+                f"positions; lower data.max_frames or text.max_tokens, or take another language model"
             )
 
 

@@ -77,7 +77,7 @@ class TextEncoder(nn.Module):
 
 class TextDecoder(nn.Module):
     """Token ids [B, L], memory [B, T, D] and its mask -> logits [B, L, V]: own embedding, causal mBART decoder blocks
-    with cross-attention, an output layer of its own (not tied, no bias)."""
+    with cross-attention, an output layer of its own without bias; a method may tie or share them."""
 
     def __init__(self, settings: TransformerSettings, vocabulary: Vocabulary) -> None:
         super().__init__()

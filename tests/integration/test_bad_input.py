@@ -165,7 +165,8 @@ def test_a_second_start_on_a_run_folder_in_use(command: Command, corpus, tmp_pat
 def test_a_rank_that_is_ended_while_it_starts(
     in_use: bool, code: int, corpus, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Rank 0 is gone with the fault that all find; ended for it, the others end with its exit code and say nothing."""
+    """Rank 0 is gone with the fault that all find; ended for it, the others end with its exit code and say
+    nothing. Without a fault they end as one that was stopped."""
     run = tmp_path / "run"
     run.mkdir()
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

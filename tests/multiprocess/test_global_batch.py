@@ -157,8 +157,9 @@ def prepare_c2rl() -> Callable[[], None]:
 
     def compare() -> None:
         world = dist.get_world_size()
-        contrastive = {duplicates: float(values["contrastive"]) for *_, duplicates, _, values in references}
-        assert contrastive["negatives"] != contrastive["positives"]
+        exact = [case for case in references if case[:2] == ("sum2", torch.float64)]
+        negatives, positives = (float(values["contrastive"]) for *_, values in exact)
+        assert negatives != positives
         for mix, dtype, tolerance, duplicates, single, values in references:
             method = tiny_method(mix, dtype, duplicates)
             losses = method(*part_of_batch(share(7)))

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from tiny_recipes import write_recipes
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
@@ -23,10 +25,10 @@ from sltscale.data.shards.index import Row, Shard, open_index, write_index
 from sltscale.data.text import build_corpus_tokenizer
 from sltscale.data.video.encoding import SourceFrame, encode
 from sltscale.errors import InputError
-from sltscale.evaluation.bleurt import BATCH, Bleurt
+from sltscale.evaluation.bleurt import BATCH, Bleurt, load_bleurt
 from sltscale.methods import export
 from sltscale.recipe_files import load_recipe, recipe_chain
-from sltscale.stages import check_stages, plan_stages
+from sltscale.stages import check_bleurt, check_stages, plan_stages
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "home", "rain", "tonight", "a", "big"]
@@ -207,12 +209,39 @@ def test_unequal_numbers(checkpoint: Path, hypotheses: list[str], references: li
         Bleurt(str(checkpoint)).score(hypotheses, references, CPU)
 
 
+def share(rank: int, meeting: str, checkpoint: Path, pairs: tuple[list[str], list[str]], out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=3)
+    found = load_bleurt(str(checkpoint)).score(*pairs, CPU)
+    Path(f"{out}{rank}").write_text(json.dumps([found.value, found.truncated, found.signature]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [69, 2])
+def test_ranks_share_the_pairs(
+    count: int, checkpoint: Path, pairs: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    """Also where there are fewer than ranks."""
+    pairs = pairs[0][:count], pairs[1][:count]
+    given = (str(tmp_path / "meeting"), checkpoint, pairs, str(tmp_path / "rank"))
+    torch.multiprocessing.spawn(share, given, nprocs=3)
+    alone = Bleurt(str(checkpoint)).score(*pairs, CPU)
+    for rank in range(3):
+        value, truncated, signature = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert (truncated, signature) == (alone.truncated, alone.signature)
+        assert value == pytest.approx(alone.value, abs=1e-4)
+
+
 def test_what_is_refused_before_training_starts(checkpoint: Path, tmp_path: Path) -> None:
     recipe = str(write_recipes(tmp_path, tmp_path / "shards").translate)
 
     def check(*overrides: str) -> None:
         always = ("--start", "none", "--evaluation.every_epochs", "1")
-        check_stages(plan_stages(recipe_chain(recipe, [*always, *overrides], tmp_path / "run")))
+        stages = plan_stages(recipe_chain(recipe, [*always, *overrides], tmp_path / "run"))
+        check_stages(stages)
+        check_bleurt(stages)
 
     check("--evaluation.bleurt", str(checkpoint), "--train.keep_best.score", "bleurt")
     with pytest.raises(InputError, match=r'keep_best\.score "bleurt" needs evaluation\.bleurt; set both'):

@@ -288,9 +288,12 @@ def test_mbart(tied: Sequence[str], bias: bool, tmp_path: Path) -> None:
 
 
 def test_c2rl_with_the_sentence_encoder_of_mbart(tmp_path: Path) -> None:
-    """Which is wider than the visual tokens: a linear layer brings it to their width."""
+    """Which is of another width than the visual tokens: a linear layer brings it to theirs."""
     weights = mbart(tmp_path, (), True)
-    settings = load_recipe("c2rl_pretrain_tiny", ["--method.text_encoder.pretrained", str(tmp_path)])
+    given = ["--method.text_encoder.pretrained", str(tmp_path)]
+    with pytest.raises(InputError, match=r"is 16 wide: set method\.text_encoder\.width"):
+        build_method(load_recipe("c2rl_pretrain_tiny", given).method, VOCABULARY)
+    settings = load_recipe("c2rl_pretrain_tiny", [*given, "--method.text_encoder.width", "16"])
     method = build_method(settings.method, VOCABULARY)
     prefix = "model.encoder.layers."
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
