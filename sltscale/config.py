@@ -82,7 +82,8 @@ class DataSettings(Settings):
     padded to the longest, or both. bucket_window: clips of similar length go together, chosen from this many
     consecutive ones of the epoch's order; 0 takes them as they come. batch_multiple: with global_frames, numbers of
     clips are multiples of it, so that this many ranks get equal shares. micro_frames: what fits into memory; a rank's
-    share of a batch goes through the model in parts of at most so many frames, as many as it takes.
+    share of a batch goes through the model in parts of at most so many frames, as many as it takes. shuffle false:
+    every epoch takes the clips as they stand in the shards' index (HFA's code, in its own order).
     """
 
     shards: str
@@ -103,6 +104,7 @@ class DataSettings(Settings):
     bucket_window: Annotated[int, Field(ge=0)] = 0
     batch_multiple: Positive = 1
     micro_frames: Positive | None = None
+    shuffle: bool = True
     workers: Annotated[int, Field(ge=0)] = 1
 
     @model_validator(mode="after")
@@ -111,6 +113,8 @@ class DataSettings(Settings):
             raise ValueError("neither global_batch nor global_frames is set")
         if self.global_frames is not None and not self.bucket_window:
             raise ValueError("global_frames needs bucket_window, e.g. 4096: batches of mixed lengths would waste it")
+        if not self.shuffle and (self.bucket_window or self.mix):
+            raise ValueError("shuffle is false, but bucket_window and mix draw an order of their own; unset them")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from sltscale.config import DataSettings
 from sltscale.data.batches.batching import BatchRule
 from sltscale.data.batches.plan import Part, Plan
 from sltscale.data.corpora import read_corpus
@@ -61,6 +63,18 @@ def test_epochs_and_seeds_differ_and_lengths_do_not_matter() -> None:
     assert plan.batch(0).tolist() != plan.batch(1).tolist()
     assert plan.batch(0).tolist() != Plan([5] * 50, seed=1, rule=BatchRule(clips=50)).batch(0).tolist()
     assert plan.batch(0).tolist() == Plan(range(1, 51), seed=0, rule=BatchRule(clips=50)).batch(0).tolist()
+
+
+def test_without_shuffling_every_epoch_is_in_the_order_of_the_clips() -> None:
+    plan = Plan([5] * 10, 3, BatchRule(clips=4, shuffle=False))
+    for epoch in range(2):
+        steps = range(plan.steps(epoch), plan.steps(epoch + 1))
+        assert np.concatenate([plan.batch(step) for step in steps]).tolist() == list(range(10))
+    settings = {"shards": "x", "frame_size": 8, "crop_size": 8, "global_batch": 4, "shuffle": False}
+    assert not BatchRule.of(DataSettings(**settings)).shuffle
+    for more in ({"bucket_window": 64}, {"mix": [{"shards": "y"}]}):
+        with pytest.raises(ValidationError, match="draw an order of their own"):
+            DataSettings(**settings, **more)
 
 
 def test_steps_may_be_asked_for_in_any_order() -> None:

@@ -24,17 +24,20 @@ class BatchRule:
     clips: at most this many. frames: at most this many even if every clip were padded to the longest (clips x longest).
     window: clips of similar length go together, chosen from this many consecutive ones of the epoch's order (0: none
     are looked for). multiple: with ``frames``, numbers of clips are multiples of it where the budget holds so many, so
-    that this many ranks (or a divisor of it) get equal shares.
+    that this many ranks (or a divisor of it) get equal shares. shuffle: an epoch's order is drawn; or every epoch's is
+    that of the clips' numbers.
     """
 
     clips: int | None = None
     frames: int | None = None
     window: int = 0
     multiple: int = 1
+    shuffle: bool = True
 
     @classmethod
     def of(cls, settings: DataSettings) -> BatchRule:
-        return cls(settings.global_batch, settings.global_frames, settings.bucket_window, settings.batch_multiple)
+        rule = (settings.global_batch, settings.global_frames, settings.bucket_window, settings.batch_multiple)
+        return cls(*rule, shuffle=settings.shuffle)
 
     def check(self, longest: int) -> None:
         """InputError for a rule that no batch can follow; ``longest``: frames of the longest clip."""

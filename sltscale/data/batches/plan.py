@@ -200,8 +200,11 @@ class Plan:
         while place < begin + part.quota:
             turn, first = divmod(place, size)
             until = min(size, first + begin + part.quota - place)
-            order = _permutation(size, self.seed, (turn, number) if number else (turn,))
-            taken.append(part.clips[order[first:until]])
+            if self.rule.shuffle:
+                order = _permutation(size, self.seed, (turn, number) if number else (turn,))
+                taken.append(part.clips[order[first:until]])
+            else:
+                taken.append(part.clips[first:until])
             place += until - first
         return np.concatenate(taken) if taken else part.clips[:0]
 
