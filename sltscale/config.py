@@ -83,7 +83,7 @@ class DataSettings(Settings):
     consecutive ones of the epoch's order; 0 takes them as they come. batch_multiple: with global_frames, numbers of
     clips are multiples of it, so that this many ranks get equal shares. micro_frames: what fits into memory; a rank's
     share of a batch goes through the model in parts of at most so many frames, as many as it takes. shuffle false:
-    every epoch takes the clips as they stand in the shards' index (HFA's code, in its own order).
+    every epoch takes the clips as they stand in the shards' index (HFA's code: as its annotation file has them).
     """
 
     shards: str

@@ -47,7 +47,7 @@ class C2RL(TokenContrast):
         if "lm" in self.weights:
             self.text_decoder = TextDecoder(settings.text_decoder, vocabulary)
             if settings.share_embeddings:
-                self.text_decoder.blocks.embed_tokens.weight = self._shared_embedding(settings)
+                self.text_decoder.blocks.embed_tokens.weight = self.text_encoder.blocks.embed_tokens.weight
             if settings.tied:
                 self.text_decoder.lm_head.weight = self.text_decoder.blocks.embed_tokens.weight
 
@@ -73,17 +73,6 @@ class C2RL(TokenContrast):
         hidden, mask = super().encode_text(text)
         return hidden if self.text_projection is None else self.text_projection(hidden), mask
 
-    def _shared_embedding(self, settings: C2RLSettings) -> nn.Parameter:
-        if "contrastive" not in self.weights:
-            raise InputError("method.share_embeddings is set, but with alpha 0 there is no text encoder to share with")
-        shared: nn.Parameter = self.text_encoder.blocks.embed_tokens.weight
-        if self.text_encoder.width != settings.text_decoder.width:
-            raise InputError(
-                f"method.share_embeddings: the text encoder's width is {self.text_encoder.width}, "
-                f"method.text_decoder.width {settings.text_decoder.width}; one embedding needs the same number"
-            )
-        return shared
-
     def counts(self, text: TextBatch) -> dict[str, Tensor]:
         clips, tokens = torch.tensor(len(text.input_ids), device=text.input_ids.device), text.attention_mask.sum()
         return {part: count for part, count in (("contrastive", clips), ("lm", tokens)) if part in self.weights}
@@ -97,4 +86,11 @@ def _check(settings: C2RLSettings, weights: dict[str, float]) -> None:
         raise InputError(
             f"method.text_decoder.width is {own}, method.visual.transformer.width {width}; "
             f"the decoder attends to visual tokens directly: set both to the same number"
+        )
+    if settings.share_embeddings and "contrastive" not in weights:
+        raise InputError("method.share_embeddings is set, but with alpha 0 there is no text encoder to share with")
+    if settings.share_embeddings and settings.text_encoder.width != own:
+        raise InputError(
+            f"method.share_embeddings: the text encoder's width is {settings.text_encoder.width}, "
+            f"method.text_decoder.width {own}; one embedding needs the same number"
         )
