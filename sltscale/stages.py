@@ -117,9 +117,11 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
         check_attention(stage.recipe, default_device(), _weights_dtype(deepspeed_json))
     for stage in stages:
         ensure_synthetic_shards(stage.recipe.data)
-    # Before the watchdog, which does not know who is missing.
+    watchdog.watch("the meeting of the ranks")
     longest = max(stage.recipe.train.watchdog_seconds for stage in stages)
-    device = start_processes(min(LIMIT_SECONDS, 0.8 * stages[0].recipe.train.watchdog_seconds), longest)
+    # Well before the watchdog, which does not know who is missing.
+    device = start_processes(min(LIMIT_SECONDS, watchdog.seconds / 2), longest)
+    watchdog.watch("the start-up")
     check_bleurt(stages)
     scores: list[Scores] = []
     for stage in stages:

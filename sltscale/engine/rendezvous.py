@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import time
 
 import torch.distributed as dist
 
@@ -12,6 +13,7 @@ from sltscale.errors import InputError
 from sltscale.launching import Place
 
 LIMIT_SECONDS = 600.0  # for all ranks to come: containers are pulled and libraries read on every node before
+LOOK_SECONDS = 0.2
 COMPLETE = "sltscale/complete"
 
 
@@ -26,27 +28,46 @@ def meet(place: Place, seconds: float) -> dist.Store | None:
     where = f"{place.address}:{place.port}"
     node = os.environ["SLURMD_NODENAME"] if place.launcher == "srun" else socket.gethostname()
     limit = datetime.timedelta(seconds=seconds)
+    # torchrun's agent listens there itself
+    listens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
+        if not listens:
+            _wait_for_listener(place, seconds)
         store = dist.TCPStore(
             place.address,
             place.port,
             place.world_size,
-            # torchrun's agent listens there itself
-            is_master=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=limit / 2,  # it tries to connect twice
+            is_master=listens,
+            timeout=limit,
             wait_for_workers=False,
             multi_tenant=True,  # the process group will listen there too
         )
-        store.set_timeout(limit)
         store.set(_key(place.rank), node)
         if place.rank == 0:
             store.set(COMPLETE, _absent(store, place, seconds))
         complaint = store.get(COMPLETE).decode()
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         raise InputError(_no_meeting(place, node, where, error)) from None
     if complaint:
         raise InputError(f"no process group at {where}: {complaint}")
     return store
+
+
+def _wait_for_listener(place: Place, seconds: float) -> None:
+    """OSError, the last attempt's, if nobody listens within that time.
+
+    A TCPStore would wait by itself, but up to two and a half times its limit, as its random pauses fall (torch 2.13).
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        left = max(LOOK_SECONDS, deadline - time.monotonic())
+        try:
+            socket.create_connection((place.address, place.port), left).close()
+            return
+        except OSError:
+            if time.monotonic() + LOOK_SECONDS > deadline:
+                raise
+        time.sleep(LOOK_SECONDS)
 
 
 def _key(rank: int) -> str:
