@@ -32,7 +32,7 @@ from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.finished import default_device, whole_weights
 from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.engine.run_folder import RunFolder
-from sltscale.engine.signals import StopRequest
+from sltscale.engine.signals import StoppedError, StopRequest
 from sltscale.engine.telemetry import Telemetry
 from sltscale.engine.watchdog import Watchdog
 from sltscale.errors import InputError
@@ -63,10 +63,6 @@ class Stage:
     starts_from: Path | None
 
 
-class StoppedError(Exception):
-    """A signal asked the run to stop; its state is saved."""
-
-
 def run(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
     """Train the stages one after the other, print the table. Everything that can be refused is, before work starts.
 
@@ -78,7 +74,7 @@ def run(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
 
 
 def check_stages(stages: list[Stage]) -> None:
-    """InputError for a recipe or run folder that cannot be gone on with; writes nothing."""
+    """InputError for a recipe or run folder that cannot be gone on with, as every rank finds; writes nothing."""
     for stage in stages:
         _check_best(stage.recipe)
         stage.folder.check(stage.recipe)
@@ -91,6 +87,21 @@ def check_stages(stages: list[Stage]) -> None:
                 f"recipe {stage.recipe.name} has data.features {read}, but {before.recipe.name}, which it starts from, "
                 f"writes {made.folder}; set it to that, or start from the recipe that trains the encoder"
             )
+    first = stages[0].recipe.data
+    for stage in stages:
+        data = stage.recipe.data
+        same = (data.synthetic, data.frame_size) == (first.synthetic, first.frame_size)
+        if data.shards == first.shards and not same:
+            raise InputError(
+                f"recipes {stages[0].recipe.name} and {stage.recipe.name} want different clips in {data.shards}; "
+                "tune data of the first one too, or give this one its own data.shards"
+            )
+
+
+def check_kernels(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
+    """InputError for an attention backend that this device has not, or not in the precision of the weights."""
+    for stage in stages:
+        check_attention(stage.recipe, default_device(), _weights_dtype(deepspeed_json))
 
 
 def check_bleurt(stages: list[Stage]) -> None:
@@ -104,23 +115,12 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
     watchdog.watch("the start-up")
     for line in heal_stale_compile_locks():
         print(line, file=sys.stderr, flush=True)
-    first = stages[0].recipe.data
-    for stage in stages:
-        data = stage.recipe.data
-        same = (data.synthetic, data.frame_size) == (first.synthetic, first.frame_size)
-        if data.shards == first.shards and not same:
-            raise InputError(
-                f"recipes {stages[0].recipe.name} and {stage.recipe.name} want different clips in {data.shards}; "
-                "tune data of the first one too, or give this one its own data.shards"
-            )
-    for stage in stages:
-        check_attention(stage.recipe, default_device(), _weights_dtype(deepspeed_json))
     for stage in stages:
         ensure_synthetic_shards(stage.recipe.data)
     watchdog.watch("the meeting of the ranks")
     longest = max(stage.recipe.train.watchdog_seconds for stage in stages)
     # Well before the watchdog, which does not know who is missing.
-    device = start_processes(min(LIMIT_SECONDS, watchdog.seconds / 2), longest)
+    device = start_processes(min(LIMIT_SECONDS, watchdog.seconds / 3), longest)
     watchdog.watch("the start-up")
     check_bleurt(stages)
     scores: list[Scores] = []

@@ -20,8 +20,10 @@ import os
 import time
 from collections.abc import Sequence
 
+import psutil
+
 from sltscale import launching
-from sltscale.engine.signals import EXIT_STOPPED, HeldSignals, leave
+from sltscale.engine.signals import EXIT_STOPPED, HeldSignals, StoppedError, leave
 from sltscale.errors import InputError
 
 
@@ -29,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     held = HeldSignals()
     try:
-        return _start(options, overrides, held)
-    except InputError as error:
-        _report(str(error), held)
-        return 2
+        try:
+            return _start(options, overrides, held)
+        except InputError as error:
+            _report(str(error), held)
+            return 2
     except KeyboardInterrupt:  # outside of the training steps, where a signal is a request
         return EXIT_STOPPED
 
@@ -60,13 +63,15 @@ def _start(options: argparse.Namespace, overrides: list[str], held: HeldSignals)
 
     planned = stages.plan_stages(chain)
     stages.check_stages(planned)
+    if not options.dry_run:
+        stages.check_kernels(planned, deepspeed_json)
     held.heed()
     try:
         if options.dry_run:
             rehearsal.rehearse(planned, deepspeed_json, options.nodes * options.gpus if options.gpus else None)
         else:
             stages.run(planned, deepspeed_json)
-    except stages.StoppedError as stopped:
+    except StoppedError as stopped:
         if place.rank == 0:
             print(stopped, flush=True)
         return EXIT_STOPPED
@@ -78,12 +83,13 @@ def _start(options: argparse.Namespace, overrides: list[str], held: HeldSignals)
 
 def _report(error: str, held: HeldSignals) -> None:
     """One line, from rank 0. Mostly all ranks find the same fault, and the launcher ends the others when rank 0 is
-    gone; another rank that is still there after a while was alone with it, and speaks."""
+    gone; another rank that is still there after a while was alone with it, and speaks. On a slow machine, where this
+    one took long to find it, rank 0 may be long behind."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         try:
             held.heed()
-            time.sleep(5)
+            time.sleep(max(5.0, (time.time() - psutil.Process().create_time()) / 2))
         except KeyboardInterrupt:  # ended by the launcher: rank 0 has spoken
             return
         error = f"rank {rank}: {error}"

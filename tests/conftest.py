@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from launching import ROOT, Launcher
+
+# The same examples in every run, however slow the machine.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +46,7 @@ def launcher(environment: dict[str, str]) -> Iterator[Launcher]:
 def command(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a Python script or ``-m module`` from the repository root; output captured, time limited."""
 
-    def run(*arguments: str | Path, seconds: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, seconds: float = 600, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,

@@ -43,7 +43,7 @@ class Ranks:
     processes: list[ForkServerProcess]
     log: Path
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = 600) -> list[int | None]:
         for process in self.processes:
             process.join(seconds)
         codes = [process.exitcode for process in self.processes]

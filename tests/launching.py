@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PORTS = iter(range(10_000 + 5 * (os.getpid() % 1000), 20_000))
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Launcher:
         return process
 
     def run(
-        self, script: Path | str, arguments: Sequence[str] = (), *, ranks: int, cwd: Path = ROOT, seconds: float = 240
+        self, script: Path | str, arguments: Sequence[str] = (), *, ranks: int, cwd: Path = ROOT, seconds: float = 800
     ) -> Finished:
         process = self.start(script, arguments, ranks, cwd)
         try:
@@ -78,6 +79,13 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Another one at each call, below those that the system hands out by itself and that sltscale takes under SLURM."""
+    while True:
+        port = next(PORTS)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -15,6 +15,7 @@ class Server(ThreadingHTTPServer):
     """Serves a folder in byte ranges. faults: what goes wrong with the next GETs of a name, one after another."""
 
     daemon_threads = True
+    request_queue_size = 128  # where it is full, a connection takes a second
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -69,14 +70,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if fault == "stall":
-            self.server.released.wait(20)
+            self.server.released.wait(25)
         if not head:
             self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall half") else data)
         if fault == "cut":
             self.close_connection = True
         if fault == "stall half":
             self.wfile.flush()
-            self.server.released.wait(20)
+            self.server.released.wait(25)
 
     def log_message(self, *_: object) -> None:
         """Not onto the terminal."""

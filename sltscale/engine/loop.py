@@ -57,7 +57,6 @@ def train(
     started = waiting = time.perf_counter()
     watchdog.watch(f"step {step}, or the start of reading data")
     for number, cpu_batch in batches:
-        folder.check_owner()
         waited = time.perf_counter() - waiting
         progress = Progress.of(plan, number, recipe.train.epochs)
         lr = set_learning_rate(engine.optimizer, progress, recipe.optim)
@@ -83,6 +82,7 @@ def train(
 
         totals, not_finite = steps.take(number, cpu_batch, gradients)
         step = number + 1
+        folder.check_owner()
         if not_finite is None:
             telemetry.step(number, totals, lr, clips=len(plan.batch(number)), waited=waited)
         else:

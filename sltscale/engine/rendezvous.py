@@ -20,8 +20,8 @@ COMPLETE = "sltscale/complete"
 def meet(place: Place, seconds: float) -> dist.Store | None:
     """Wait until every rank has come to rank 0; the store, to be kept until the process group is formed.
 
-    InputError, with the ranks and nodes nothing was heard from, if that takes longer than ``seconds``, or with this
-    rank's node if it cannot reach rank 0.
+    InputError, with the ranks and nodes nothing was heard from, if rank 0 has waited longer than ``seconds``, or with
+    this rank's node if it has not reached rank 0 by then; within 2.5 times ``seconds`` on every rank.
     """
     if place.world_size == 1:
         return None
@@ -45,6 +45,7 @@ def meet(place: Place, seconds: float) -> dist.Store | None:
         store.set(_key(place.rank), node)
         if place.rank == 0:
             store.set(COMPLETE, _absent(store, place, seconds))
+        store.wait([COMPLETE], 1.5 * limit)  # rank 0 speaks first, which knows who is missing
         complaint = store.get(COMPLETE).decode()
     except (dist.DistError, OSError) as error:
         raise InputError(_no_meeting(place, node, where, error)) from None
@@ -85,7 +86,7 @@ def _absent(store: dist.Store, place: Place, seconds: float) -> str:
     silent = [node for node in place.nodes if node not in there.values()]
     nodes = f"nothing was heard from node {', '.join(silent)}; " if silent else ""
     return (
-        f"after {seconds:g} s rank {', '.join(map(str, absent))} of {place.world_size} has not come; {nodes}"
+        f"after {seconds:.3g} s rank {', '.join(map(str, absent))} of {place.world_size} has not come; {nodes}"
         f"the others are on {', '.join(sorted(set(there.values())))}; look into that node's log, or leave it out"
     )
 

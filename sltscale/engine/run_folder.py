@@ -38,6 +38,8 @@ from sltscale.files import write_atomically
 from sltscale.recipe_files import differences, recipe_from_json
 
 OWNER_SECONDS = 10.0  # how often an idle rank asks whether the run folder is still its attempt's
+# Another start may have the lock for the instant of a look, or have taken it and not yet written its name.
+INSTANT_SECONDS = 0.3
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -193,19 +195,24 @@ class RunFolder:
 
     def _flock(self, lock: IO[Any], kind: int) -> bool:
         """Whether the lock could be had; False if an earlier start of this very job holds it."""
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip()
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            raise InputError(
-                f"run folder {self.path} is on a file system that cannot lock ({error.strerror}), so that two jobs "
-                "could write to it; mount it with locks (Lustre: -o flock), or choose another with --run"
-            ) from None
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > began + INSTANT_SECONDS:
+                    break
+                time.sleep(0.02)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                raise InputError(
+                    f"run folder {self.path} is on a file system that cannot lock ({error.strerror}), so that two jobs "
+                    "could write to it; mount it with locks (Lustre: -o flock), or choose another with --run"
+                ) from None
+        lock.seek(0)
+        holder = lock.read().strip()
         theirs, ours = re.search(r", job (\d+) start (\d+) ", holder), _slurm_start()
         if theirs is not None and ours is not None and int(theirs[1]) == ours[0] and int(theirs[2]) < ours[1]:
             return False

@@ -10,6 +10,11 @@ from types import FrameType
 from typing import NoReturn
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and can go on
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop; its state is saved."""
 
 
 class HeldSignals:
@@ -44,21 +49,22 @@ class StopRequest:
     """While active, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process.
 
     The loop all-reduces the flag, so that one rank's signal becomes every rank's decision. Repeated signals change
-    nothing: a terminal's Ctrl-C reaches launcher and ranks at once, and the launcher adds a SIGTERM of its own.
+    nothing: a terminal's Ctrl-C reaches launcher and ranks at once, and the launcher adds a SIGTERM of its own. After a
+    StoppedError it stays so: the launcher ends the ranks that are left as soon as the first is gone.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self.SIGNALS:
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is StoppedError:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -67,12 +73,14 @@ class StopRequest:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once with that exit code.
+    """End this process at once with that exit code, whatever it is sent meanwhile.
 
     Nothing is left to do when a rank is done, but tearing down gloo's and DeepSpeed's threads now and then ends in
     SIGABRT ("terminate called without an active exception", seen once in some 60 launches although the process group
     was destroyed), and the launcher would report a finished run as failed.
     """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -20,7 +20,10 @@ NEVER = 10**8  # seconds
 
 
 class Telemetry:
-    """Rank 0's voice; on other ranks every method does nothing (``folder`` None)."""
+    """Rank 0's voice; on other ranks every method does nothing (``folder`` None).
+
+    FencedError instead of a line if the run folder is another attempt's by now.
+    """
 
     def __init__(self, name: str, folder: RunFolder | None, first_step: int, total_steps: int) -> None:
         self.name = name
@@ -38,7 +41,8 @@ class Telemetry:
             self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step, flush_secs=NEVER)
 
     def say(self, line: str) -> None:
-        if self._log is not None:
+        if self._log is not None and self.folder is not None:
+            self.folder.check_owner()
             print(line, flush=True)
             print(line, file=self._log, flush=True)
 

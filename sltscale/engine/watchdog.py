@@ -23,9 +23,9 @@ from sltscale.engine.run_folder import OWNER_SECONDS, FencedError, RunFolder
 
 LOOK_SECONDS = 1.0
 # Other ranks have come to the same point a little later; the launcher ends them as soon as one has gone.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 10.0
 # A thread that never lets go of the interpreter also stops ours; then the C library's timer writes to stderr.
-LAST_RESORT_SECONDS = 15.0
+LAST_RESORT_SECONDS = 20.0
 
 
 class Watchdog:

@@ -187,7 +187,7 @@ def test_a_rank_that_is_ended_while_it_starts(
                 assert process.poll() is None
                 time.sleep(0.01)
             process.terminate()
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=600)
         finally:
             process.kill()
     lines = [line for line in output.splitlines() if "real_accelerator" not in line]

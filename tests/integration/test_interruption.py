@@ -30,7 +30,7 @@ def losses(run: Path) -> dict[int, str]:
     return {json.loads(line)["step"]: line for line in lines}
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0][-4000:]
@@ -78,7 +78,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     process = launcher.start(TRAIN, arguments(corpus, run), 2, ROOT)
     wait_for(lambda: (run / "steps.jsonl").is_file() and len(losses_so_far(run)) > 5, process)
     os.kill(rank_process(process, 1), number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output[-3000:]
     assert "Traceback" not in output
     stopped = json.loads((run / "STATUS.json").read_text())
@@ -116,7 +116,7 @@ def test_a_signal_to_one_rank_under_torchrun(corpus, environment: dict[str, str]
         wait_for(lambda: (run / "steps.jsonl").is_file() and len(losses_so_far(run)) > 5, process)
         ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
         ranks[0].send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
             child.kill()
@@ -133,7 +133,7 @@ def test_ctrl_c_to_the_whole_group_leaves_a_loadable_checkpoint(corpus, launcher
     process = launcher.start(TRAIN, arguments(corpus, run), 2, ROOT)
     wait_for(lambda: (run / "steps.jsonl").is_file() and len(losses_so_far(run)) > 5, process)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     stopped = json.loads((run / "STATUS.json").read_text())
     assert stopped["state"] == "stopped", output[-3000:]

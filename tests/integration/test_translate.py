@@ -80,7 +80,7 @@ def test_n_best_from_stdin(run: Path, videos: Path, environment: dict[str, str])
     listed = "".join(f"{path}\n" for path in (good[2], videos / "missing.mp4", good[0]))
     done = subprocess.run(
         [sys.executable, *COMMAND, run, "--n-best", "3", "--beams", "4", "-"],
-        input=listed, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        input=listed, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     rows = [line.split("\t") for line in done.stdout.splitlines()]
@@ -101,7 +101,7 @@ def test_one_clip_and_its_progress_on_a_terminal(run: Path, videos: Path, enviro
         [sys.executable, *COMMAND, run, clip], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=theirs
     ) as process:
         os.close(theirs)
-        output = process.communicate(timeout=120)[0].decode()
+        output = process.communicate(timeout=600)[0].decode()
         shown = b""
         while True:
             try:

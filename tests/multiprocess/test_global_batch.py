@@ -23,11 +23,12 @@ from sltscale.config import (
     TransformerSettings,
     VisualSettings,
 )
+from sltscale.engine.signals import leave
 from sltscale.methods.base import Method, Vocabulary, build_method
 from sltscale.models.layers import GlobalBatchNorm
 from sltscale.structures import Ragged, TextBatch, VideoBatch
 
-TIME_LIMIT = 120  # seconds
+TIME_LIMIT = 600  # seconds
 
 
 @pytest.mark.multiprocess
@@ -183,4 +184,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=own_rank, world_size=ranks)
     for compare in comparisons:
         compare()
-    dist.destroy_process_group()
+    dist.barrier()
+    leave(0)

@@ -18,6 +18,7 @@ from forked_ranks import STEPS, Ranks, Starter, race
 from sltscale.engine.checkpoint import latest_checkpoint
 from sltscale.engine.faults import POINTS, fault_point
 from sltscale.engine.run_folder import FencedError, RunFolder
+from sltscale.engine.telemetry import Telemetry
 from sltscale.errors import InputError
 
 pytestmark = pytest.mark.multiprocess
@@ -54,7 +55,7 @@ def assert_as_left_alone(run: Path, unbroken: Path) -> None:
 def kill_at(starter: Starter, run: Path, fault: str) -> None:
     rank = int(fault.split(":rank")[1][0])
     ranks = starter.start(run, fault=fault)
-    ranks.processes[rank].join(60)
+    ranks.processes[rank].join(600)
     code = ranks.processes[rank].exitcode
     ranks.kill()
     assert code == -signal.SIGKILL, ranks.output()[-3000:]
@@ -92,12 +93,12 @@ def test_a_fault_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def signalled(starter: Starter, run: Path, seed: int) -> int:
     """SIGUSR1 to one rank at a random moment; the step that was saved."""
     moments = random.Random(seed)  # noqa: S311
-    ranks = starter.start(run, seconds_per_step=0.1)
-    deadline = time.monotonic() + 60
+    ranks = starter.start(run, seconds_per_step=0.4)  # long enough to be signalled before its end
+    deadline = time.monotonic() + 600
     while not (run / "steps.jsonl").is_file() or not (run / "steps.jsonl").stat().st_size:
         assert time.monotonic() < deadline, ranks.output()
         time.sleep(0.01)
-    time.sleep(moments.uniform(0, 0.7))
+    time.sleep(moments.uniform(0, 2.0))
     pid = ranks.processes[moments.randrange(2)].pid
     assert pid is not None
     os.kill(pid, signal.SIGUSR1)
@@ -133,20 +134,28 @@ def test_a_rank_that_outlives_its_attempt_writes_nothing_and_ends(
     starter.check(run)
     assert_as_left_alone(run, unbroken)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    pid = orphaned.processes[1].pid
-    assert pid is not None
-    os.kill(pid, signal.SIGCONT)
+    go_on(orphaned, 1)
     orphaned.processes[1].join(30)
     assert orphaned.processes[1].exitcode == 1, orphaned.output()[-3000:]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
 def wait_until_stopped(ranks: Ranks, rank: int) -> None:
-    deadline = time.monotonic() + 60
-    state = Path(f"/proc/{ranks.processes[rank].pid}/stat")
-    while state.read_text().rsplit(")", 1)[1].split()[0] != "T":
+    deadline = time.monotonic() + 600
+    while not is_stopped(ranks, rank):
         assert time.monotonic() < deadline, ranks.output()
         time.sleep(0.05)
+
+
+def is_stopped(ranks: Ranks, rank: int) -> bool:
+    state = Path(f"/proc/{ranks.processes[rank].pid}/stat")
+    return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
+def go_on(ranks: Ranks, rank: int) -> None:
+    pid = ranks.processes[rank].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGCONT)
 
 
 def test_an_orphan_finds_another_name_in_the_lock(tmp_path: Path) -> None:
@@ -154,19 +163,29 @@ def test_an_orphan_finds_another_name_in_the_lock(tmp_path: Path) -> None:
     orphan.join("0123456789ab")
     (tmp_path / "lock").write_text("process 1 on a since b, attempt 0123456789ab\n")
     orphan.set_status("running", step=1, seconds=1.0)
+    telemetry = Telemetry("tiny", orphan, 0, STEPS)
+    telemetry.say("before")
     (tmp_path / "lock").write_text("process 2 on a since c, attempt ba9876543210\n")
     with pytest.raises(FencedError, match="process 2 on a"):
         orphan.set_status("running", step=2, seconds=2.0)
     assert json.loads((tmp_path / "STATUS.json").read_text())["step"] == 1
+    with pytest.raises(FencedError, match="process 2 on a"):
+        telemetry.say("after")
+    assert orphan.log.read_text() == "before\n"
 
 
 def test_of_two_starts_one_runs(starter: Starter, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    starts = [starter.start(run, seconds_per_step=0.1) for _ in range(2)]
-    codes = [ranks.wait() for ranks in starts]
-    assert sorted(codes) == [[0, 0], [2, 2]]
-    refused = starts[codes.index([2, 2])].output()
-    assert f"run folder {run} is in use by process {starts[codes.index([0, 0])].processes[0].pid} on " in refused
+    starts = [starter.start(run, fault="begin:rank0:step2:stop") for _ in range(2)]
+    deadline = time.monotonic() + 600
+    while not any(is_stopped(ranks, 0) for ranks in starts):
+        assert time.monotonic() < deadline, starts[0].output() + starts[1].output()
+        time.sleep(0.05)
+    runs, refused = starts if is_stopped(starts[0], 0) else starts[::-1]
+    assert refused.wait() == [2, 2]
+    assert f"run folder {run} is in use by process {runs.processes[0].pid} on " in refused.output()
+    go_on(runs, 0)
+    assert runs.wait() == [0, 0]
     assert_as_left_alone(run, unbroken)
 
 
@@ -182,7 +201,7 @@ def test_of_two_starts_at_the_same_instant_one_gets_the_folder_twenty_times(star
         path, outcome = outcomes.get()
         seen[path].append(outcome)
     for racer in racers:
-        racer.join(30)
+        racer.join(600)
     assert all(sorted(outcome.split(" by ")[0] for outcome in both) == ["in use", "opened"] for both in seen.values())
 
 
@@ -200,10 +219,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(small_disk: Path, starter: Starter, unbroken: Path) -> None:
     """The next checkpoint does not fit, and the run says so before it writes anything of it."""
     run = small_disk / "run"
-    first = starter.start(run, seconds_per_step=0.1)
-    while not (run / "checkpoints/step-00000002").is_dir():
-        time.sleep(0.02)
+    first = starter.start(run, fault="pruned:rank0:step2:stop")
+    wait_until_stopped(first, 0)
     (small_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 150_000))
+    go_on(first, 0)
     assert first.wait() == [1, 1]
     found, complaints = latest_checkpoint(run / "checkpoints")
     assert found is not None

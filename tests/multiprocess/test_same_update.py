@@ -77,7 +77,7 @@ def take_steps(launcher: Launcher, out: Path, ranks: tuple[int, ...], *options: 
 @pytest.mark.parametrize(
     ("method", "clipping"),
     [
-        ("c2rl", ()),
+        pytest.param("c2rl", (), marks=pytest.mark.slow),
         pytest.param("translation", (), marks=pytest.mark.slow),
         ("gfslt_vlp", ()),
         pytest.param("hfa_pretraining", (), marks=pytest.mark.slow),

@@ -51,7 +51,7 @@ def test_a_start_that_waits_for_a_compile_lock(environment: dict[str, str], tmp_
         env=environment | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 1
     assert "file_baton.py" in done.stderr
@@ -77,7 +77,7 @@ leave(0)
 def test_collectives_wait_longer_than_the_watchdog(environment: dict[str, str]) -> None:
     """Or the rank that waits would end before it has said where."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITS], env=environment, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", LIMITS], env=environment, capture_output=True, text=True, timeout=600, check=True
     )
     limits = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("limit")]
     assert len(limits) >= 2  # the world, and the engine's clone of it

@@ -48,12 +48,13 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
+BatchStartTimeout=120
 KillWait=10
 MinJobAge=3600
 InactiveLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=30
-MessageTimeout=10
+MessageTimeout=60
 Waittime=0
 UnkillableStepTimeout=20
 StateSaveLocation={base}/state
@@ -109,11 +110,13 @@ class Cluster:
         (munge / "key").chmod(0o400)
         files = [f"--{name}-file={munge}/{name}" for name in ("key", "pid", "log", "seed")]
         self._begin("munged", "--foreground", "--force", "--num-threads=2", f"--socket={munge}/socket", *files)
-        wait_for(lambda: (munge / "socket").exists(), 10, "munged")
+        wait_for(lambda: (munge / "socket").exists(), 120, "munged")
         self._begin("slurmctld", "-D")
+        # A slurmd that finds none asks again after 1, 2, 4, ... seconds.
+        wait_for(lambda: " UP" in self.run("scontrol", "ping").stdout, 120, "slurmctld", self.logs)
         for node in self.nodes:
             self.start_node(node)
-        wait_for(lambda: self.idle() == len(self.nodes), 30, "idle nodes", self.logs)
+        wait_for(lambda: self.idle() == len(self.nodes), 120, "idle nodes", self.logs)
 
     def _begin(self, daemon: str, *options: str, name: str | None = None) -> None:
         log = (self.base / f"{name or daemon}.start").open("ab")
@@ -155,7 +158,7 @@ class Cluster:
             self.start_node(node)
         # Refused if it has come back by itself, as a node does whose slurmd speaks.
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        wait_for(lambda: self.idle() == len(self.nodes), 30, f"{node} to be back", self.logs)
+        wait_for(lambda: self.idle() == len(self.nodes), 120, f"{node} to be back", self.logs)
 
     def processes(self, node: str, job: str | None = None) -> list[int]:
         """Processes that a job has started on that node, batch shell and its children included, eldest first."""
@@ -178,13 +181,13 @@ class Cluster:
         variables = (Path("/proc") / str(self.ranks(job)[rank]) / "environ").read_bytes().decode().split("\0")
         return next(v.partition("=")[2] for v in variables if v.startswith("SLURMD_NODENAME="))
 
-    def __call__(self, *command: str | Path, cwd: Path = ROOT, seconds: float = 60) -> str:
+    def __call__(self, *command: str | Path, cwd: Path = ROOT, seconds: float = 300) -> str:
         """The output of a client command; AssertionError if it fails."""
         done = self.run(*command, cwd=cwd, seconds=seconds)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def run(self, *command: str | Path, cwd: Path = ROOT, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, cwd: Path = ROOT, seconds: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(part) for part in command],
             cwd=cwd,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from slurm.cluster import Cluster, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 PARTS = 3
 
@@ -56,8 +56,8 @@ def test_an_interrupted_writer_is_requeued_and_goes_on(cluster: Cluster, packing
     job = cluster.submit("--array", "0", "--output", log, "slurm/shards.sbatch", "1", *packing, "--out", out)
     for restarts, number in enumerate(("INT", "TERM"), start=1):
         tars = len(list(out.glob("parts/*.json"))) if out.exists() else 0
-        wait_for(lambda tars=tars: len(list(out.glob("parts/*.json"))) > tars, 60, "another shard", log.read_text)
+        wait_for(lambda tars=tars: len(list(out.glob("parts/*.json"))) > tars, 600, "another shard", log.read_text)
         cluster("scancel", f"--signal={number}", f"{job}_0")
-        wait_for(lambda restarts=restarts: cluster.show(f"{job}_0")["Restarts"] == str(restarts), 30, "its requeue")
+        wait_for(lambda restarts=restarts: cluster.show(f"{job}_0")["Restarts"] == str(restarts), 600, "its requeue")
     assert cluster.wait(f"{job}_0", 90, log)["JobState"] == "COMPLETED", log.read_text()
     assert "part 0/1 is packed" in log.read_text()

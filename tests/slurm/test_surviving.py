@@ -13,7 +13,7 @@ from slurm.cluster import Cluster, wait_for
 from slurm.training import TRAIN, TWO_NODES, ZERO2, Training, alive, arguments, contents, losses, signalled, weights
 from tiny_recipes import Corpus
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_time_limit(cluster: Cluster, corpus: Corpus, unbroken: Path, tmp_pa
         # However long the start took, at least a minute is left, and the signal still to come.
         minutes = int(time.monotonic() - submitted) // 60 + 2
         cluster("scontrol", "update", f"JobId={training.job}", f"TimeLimit={minutes}")
-        wait_for(lambda: signalled(process, signal.SIGUSR1), 150, "SIGUSR1", training.said)
+        wait_for(lambda: signalled(process, signal.SIGUSR1), 600, "SIGUSR1", training.said)
         cluster("scontrol", "update", f"JobId={training.job}", "TimeLimit=20")  # for a slow machine's next start
     check(training, unbroken)
     assert "stopped by a signal after step" in training.said()
@@ -85,7 +85,7 @@ def test_one_disturbance_after_another(training: Training, unbroken: Path) -> No
         training.wait_for_steps(65, start=4)
         with training.held(1):
             cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-            wait_for(lambda: cluster.show(job)["PreemptTime"] != "None", 60, "pre-emption", training.said)
+            wait_for(lambda: cluster.show(job)["PreemptTime"] != "None", 600, "pre-emption", training.said)
         check(training, unbroken, restarts=4)
     finally:
         cluster.revive(node)
@@ -102,7 +102,7 @@ def test_a_rank_of_a_lost_node_writes_nothing(training: Training, unbroken: Path
             assert alive(orphan)
             os.kill(orphan, signal.SIGCONT)
             wait_for(lambda: not alive(orphan), 30, "the orphan's end", training.said)
-            wait_for(lambda: not training.cluster.processes(node), 30, "the end of its job script", training.said)
+            wait_for(lambda: not training.cluster.processes(node), 600, "the end of its job script", training.said)
             assert contents(training.run) == before
             assert training.cluster.show(training.job)["JobState"] == "COMPLETED"  # its script has not requeued it
         finally:
@@ -125,12 +125,13 @@ def test_a_rank_that_trains_on_is_shut_out(cluster: Cluster, corpus: Corpus, tmp
         return False
 
     try:
-        wait_for(taken_over, 120, "the second start", training.said)
+        wait_for(taken_over, 600, "the second start", training.said)
         wait_for(lambda: not alive(orphan), 30, "the orphan's end", training.said)
-        wait_for(lambda: "going on from the checkpoint of step" in training.said(), 60, "its start", training.said)
+        wait_for(lambda: "going on from the checkpoint of step" in training.said(), 600, "its start", training.said)
         done = len(losses(run))
         training.wait_for_steps(done + 6, start=2)
-        assert list(losses(run)) == list(range(len(losses(run))))
+        found = list(losses(run))  # it trains on
+        assert found == list(range(len(found)))
     finally:
         cluster("scancel", training.job)
         assert training.end()["JobState"] == "CANCELLED"

@@ -15,7 +15,7 @@ from launching import ROOT
 from slurm.cluster import Cluster, wait_for
 from tiny_recipes import Corpus
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 GRID = """
 [grid]
 "optim.lr" = [1e-3, 3e-3]
@@ -41,7 +41,7 @@ def test_a_killed_cell_is_made_up_for_and_every_cell_is_trained_once(
     submission = ["submit", corpus.pretrain, "--array", grid, "--run", sweep, "--site", site, *TUNED]
 
     def sltscale(*arguments: str | Path) -> str:
-        return cluster(ROOT / ".venv/bin/sltscale", *arguments, seconds=120)
+        return cluster(ROOT / ".venv/bin/sltscale", *arguments, seconds=600)
 
     def runs() -> list[Path]:
         cells = json.loads((sweep / "sweep.json").read_text())["cells"]
@@ -52,7 +52,7 @@ def test_a_killed_cell_is_made_up_for_and_every_cell_is_trained_once(
     first = re.search(r"job (\d+)", said)[1]
     checkpoints = runs()[KILLED] / "checkpoints"
     log = tmp_path / f"log-{KILLED}"
-    wait_for(lambda: list(checkpoints.glob("step-*")), 120, "a checkpoint of the cell", lambda: log.read_text())
+    wait_for(lambda: list(checkpoints.glob("step-*")), 600, "a checkpoint of the cell", lambda: log.read_text())
     kill_all(cluster, cluster.show(f"{first}_{KILLED}")["JobId"])
     ended = [cluster.wait(f"{first}_{cell}", 150, tmp_path / f"log-{cell}")["JobState"] for cell in range(4)]
     assert ended == ["FAILED" if cell == KILLED else "COMPLETED" for cell in range(4)]

@@ -43,7 +43,7 @@ class Training:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_for_steps(self, count: int, start: int = 1, seconds: float = 120) -> None:
+    def wait_for_steps(self, count: int, start: int = 1, seconds: float = 600) -> None:
         """Until that start of the job is at work and so many steps are done."""
 
         def there() -> bool:
@@ -65,7 +65,7 @@ class Training:
             if alive(process):
                 os.kill(process, signal.SIGCONT)
 
-    def end(self, seconds: float = 180) -> dict[str, str]:
+    def end(self, seconds: float = 900) -> dict[str, str]:
         return self.cluster.wait(self.job, seconds, self.log)
 
 

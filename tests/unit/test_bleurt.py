@@ -217,7 +217,6 @@ def share(rank: int, meeting: str, checkpoint: Path, pairs: tuple[list[str], lis
 
 
 @pytest.mark.multiprocess
-@pytest.mark.timeout(120)
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [69, 2])
 def test_ranks_share_the_pairs(

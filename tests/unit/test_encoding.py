@@ -82,7 +82,7 @@ def test_stored_bytes_are_the_same_every_time(preset: str, size: int) -> None:
     for _ in range(2):
         command = [sys.executable, "-c", ENCODE, paths, preset, str(size)]
         environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600, env=environment)
         assert done.stderr == ""
         found.add(done.stdout.strip())
     assert len(found) == 1

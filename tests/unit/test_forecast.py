@@ -76,7 +76,7 @@ def test_packing_does_not_begin_on_a_disk_that_is_far_too_small(tmp_path: Path, 
 
 def test_dry_run_lists_and_writes_nothing(tmp_path: Path, corpus: Path) -> None:
     done = subprocess.run(
-        [*tool(corpus, tmp_path / "out"), "--dry-run"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [*tool(corpus, tmp_path / "out"), "--dry-run"], capture_output=True, text=True, timeout=600, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -99,7 +99,7 @@ def test_dry_run_needs_no_videos(corpus: Path) -> None:
 def test_tool_needs_videos_otherwise(tmp_path: Path, corpus: Path) -> None:
     command = tool(corpus, tmp_path / "out")
     at = command.index("--videos")
-    done = subprocess.run([*command[:at], *command[at + 2 :]], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command[:at], *command[at + 2 :]], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "--videos and --out are needed" in done.stderr and done.stderr.count("\n") == 1
 
 

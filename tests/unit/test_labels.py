@@ -114,7 +114,7 @@ def test_a_gzip_bomb_is_refused_without_taking_memory(tmp_path: Path) -> None:
     path = tmp_path / "labels.train"
     path.write_bytes(gzip.compress(b"\x80\x02" + b"N" * (250 << 20), 1))
     assert path.stat().st_size < 3 << 20
-    found = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True, check=True, timeout=100)
+    found = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True, check=True, timeout=600)
     message, kilobytes = found.stdout.splitlines()
     assert f"unpacks to more than {200 << 20} bytes" in message
     assert int(kilobytes) < 60_000

@@ -141,7 +141,7 @@ def test_bad_parts(tmp_path: Path, corpus: Path) -> None:
     for part in ((3, 3), (-1, 3), (0, 0)):
         with pytest.raises(InputError, match=f"part {part[0]}/{part[1]}: expected I/N"):
             pack(corpus, tmp_path / "out", part=part)
-    done = subprocess.run(tool(corpus, tmp_path / "out", "--part", "3/3"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(tool(corpus, tmp_path / "out", "--part", "3/3"), capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "expected I/N" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -195,8 +195,8 @@ def test_a_million_clips_merge_in_little_memory(tmp_path: Path) -> None:
         (parts / f"train-{shard:06d}.json").write_text(json.dumps(content))
         with (tmp_path / name).open("wb") as file:
             file.truncate(size * 14_000)
-    command = "import resource, sys\nfrom sltscale.cli import main\nassert main(sys.argv[1:]) == 0\n"
-    command += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    command = "import sys\nfrom pathlib import Path\nfrom sltscale.cli import main\nassert main(sys.argv[1:]) == 0\n"
+    command += "print(int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) // 1024)"
     done = subprocess.run(
         [sys.executable, "-c", command, "shards", "merge", str(tmp_path)], capture_output=True, text=True, timeout=1200
     )

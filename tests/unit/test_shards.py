@@ -140,7 +140,7 @@ def test_killed_and_started_again(tmp_path: Path, corpus: Path, packed: Path) ->
             undo_a_shard(out, 0)
     (out / "train-000003.tar.tmp").write_bytes(b"half a shard")
     (out / "parts" / "train-000004.json.77.tmp").write_bytes(b"{")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "train: 18 clips" in done.stdout and "6 rejected" in done.stdout
     assert contents(out) == contents(packed)
@@ -282,7 +282,7 @@ def test_full_file_system(tmp_path: Path, corpus: Path, packed: Path) -> None:
         [*command, *tool(corpus, place / "out", "--workers", 1)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
     )
     if "unshare" in done.stderr or "mount" in done.stderr:
@@ -300,7 +300,7 @@ def test_full_file_system(tmp_path: Path, corpus: Path, packed: Path) -> None:
 
 def test_tool_prints_one_line_and_exits_with_2(tmp_path: Path, corpus: Path) -> None:
     command = tool(tmp_path / "none", tmp_path / "out")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "No such file" in done.stderr
 
@@ -318,7 +318,7 @@ def test_tool_prints_one_line_and_exits_with_2(tmp_path: Path, corpus: Path) -> 
 def test_options_of_the_tool_are_read_strictly(
     tmp_path: Path, corpus: Path, option: str, value: str, expected: str
 ) -> None:
-    done = subprocess.run(tool(corpus, tmp_path / "out", option, value), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(tool(corpus, tmp_path / "out", option, value), capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and expected in done.stderr.splitlines()[-1], done.stderr
 
 
@@ -335,7 +335,7 @@ def test_webdataset_is_imported_without_pickles_and_pipes() -> None:
     for given in ("0", ""):
         environment = os.environ | {"WDS_SECURE": given}
         found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=environment
         )
         assert found.stdout == "True\n", found.stderr
 
@@ -346,7 +346,7 @@ def test_what_is_shown_may_be_read_in_part(packed: Path) -> None:
     os.close(read)
     command = [sys.executable, "-m", "sltscale.cli", "shards", "show", str(packed)]
     with os.fdopen(write) as closed:
-        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (141, "")
 
 

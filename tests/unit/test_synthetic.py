@@ -301,7 +301,7 @@ def test_smallest_corpus_has_every_split(tmp_path: Path) -> None:
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=600)
 
 
 def test_command_draws_a_corpus(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def sacrebleu_command(folder: Path, hypotheses: list[str], references: list[str]
     (folder / "hyp").write_text("".join(f"{text}\n" for text in hypotheses), encoding="utf-8")
     (folder / "ref").write_text("".join(f"{text}\n" for text in references), encoding="utf-8")
     command = [sys.executable, "-m", "sacrebleu", "ref", "-i", "hyp", "-m", "bleu", "chrf", "-w", "12", *options]
-    output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120).stdout
+    output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600).stdout
     return {result["name"]: result["score"] for result in json.loads(output)}
 
 
