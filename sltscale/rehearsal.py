@@ -43,7 +43,8 @@ from sltscale.errors import InputError
 from sltscale.methods import export
 from sltscale.methods.base import Vocabulary, build_method
 from sltscale.miniature import STEPS, SYNTHETIC_SIZE, tiny_recipe, without_published_weights
-from sltscale.stages import Stage, check_bleurt, lexicon_of
+from sltscale.preflight import Stage, check_bleurt
+from sltscale.stages import lexicon_of
 
 SENTENCES = 20_000  # that a tokenizer is learnt from
 

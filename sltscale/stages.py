@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sltscale import config, parallel
@@ -29,38 +25,20 @@ from sltscale.data.word_vectors import Vectors, corpus_vectors
 from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, start_processes
-from sltscale.engine.finished import default_device, whole_weights
+from sltscale.engine.finished import whole_weights
 from sltscale.engine.rendezvous import LIMIT_SECONDS
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StoppedError, StopRequest
 from sltscale.engine.telemetry import Telemetry
 from sltscale.engine.watchdog import Watchdog
 from sltscale.errors import InputError
-from sltscale.evaluation import retrieval, translation
-from sltscale.evaluation.bleurt import load_bleurt
-from sltscale.evaluation.report import table
 from sltscale.evaluation.splits import evaluate_split, text_samples
 from sltscale.extraction import encoder_of_features, extract
-from sltscale.files import write_atomically
 from sltscale.methods import export
-from sltscale.methods.attention import check_attention, set_attention
+from sltscale.methods.attention import set_attention
 from sltscale.methods.encoder import save_encoder
-from sltscale.recipe_files import nearest
-
-Scores = dict[str, Any]
-HEADLINES = (
-    *("bleu1", "bleu4", "bleu4_shuffled", "chrf", "rouge_l", "bleurt"),
-    *("t2v_recall@1", "v2t_recall@1", "t2v_recall@5"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One recipe to run, its folder, and the finished run that its first weights come from."""
-
-    recipe: config.Recipe
-    folder: RunFolder
-    starts_from: Path | None
+from sltscale.preflight import Stage, check_bleurt, weights_dtype
+from sltscale.stage_report import Scores, brief, count_truncated, introduce, read_scores, summarise
 
 
 def run(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
@@ -71,44 +49,6 @@ def run(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
     began = time.perf_counter()
     with Watchdog(stages[0].recipe.train.watchdog_seconds) as watchdog:
         _run_stages(stages, deepspeed_json, watchdog, began)
-
-
-def check_stages(stages: list[Stage]) -> None:
-    """InputError for a recipe or run folder that cannot be gone on with, as every rank finds; writes nothing."""
-    for stage in stages:
-        _check_best(stage.recipe)
-        stage.folder.check(stage.recipe)
-        if isinstance(stage.recipe.method, config.FeatureSettings) and stage.starts_from is None:
-            raise InputError(f"recipe {stage.recipe.name}: method features takes its encoder from a run; set start")
-    for before, stage in itertools.pairwise(stages):
-        read, made = stage.recipe.data.features, before.recipe.method
-        if isinstance(made, config.FeatureSettings) and read != made.folder:
-            raise InputError(
-                f"recipe {stage.recipe.name} has data.features {read}, but {before.recipe.name}, which it starts from, "
-                f"writes {made.folder}; set it to that, or start from the recipe that trains the encoder"
-            )
-    first = stages[0].recipe.data
-    for stage in stages:
-        data = stage.recipe.data
-        same = (data.synthetic, data.frame_size) == (first.synthetic, first.frame_size)
-        if data.shards == first.shards and not same:
-            raise InputError(
-                f"recipes {stages[0].recipe.name} and {stage.recipe.name} want different clips in {data.shards}; "
-                "tune data of the first one too, or give this one its own data.shards"
-            )
-
-
-def check_kernels(stages: list[Stage], deepspeed_json: dict[str, Any]) -> None:
-    """InputError for an attention backend that this device has not, or not in the precision of the weights."""
-    for stage in stages:
-        check_attention(stage.recipe, default_device(), _weights_dtype(deepspeed_json))
-
-
-def check_bleurt(stages: list[Stage]) -> None:
-    """InputError if a checkpoint that translations are to be scored by cannot be had; a collective."""
-    for name in dict.fromkeys(stage.recipe.evaluation.bleurt for stage in stages):
-        if name is not None:
-            load_bleurt(name)
 
 
 def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: Watchdog, began: float) -> None:
@@ -127,43 +67,7 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
     for stage in stages:
         scores.append(train_stage(stage, deepspeed_json, device, watchdog, began))
         began = time.perf_counter()
-    parallel.on_rank_zero(lambda: _summarise(stages, scores))
-
-
-def _check_best(recipe: config.Recipe) -> None:
-    """InputError if the best is looked for by a score that no evaluation gives."""
-    best, two = recipe.train.keep_best, ["a b", "c d"]
-    if best is None:
-        return
-    convention = recipe.evaluation.convention
-    known = {
-        **translation.score(two, two, language="en", convention=convention),
-        "bleu4_shuffled": 0.0,
-        **({} if recipe.evaluation.bleurt is None else {"bleurt": 0.0}),
-        **retrieval.score_both(np.eye(2), two),
-    }
-    names = [name for name, value in known.items() if isinstance(value, int | float)]
-    if best.score == "bleurt" and recipe.evaluation.bleurt is None:
-        raise InputError(f'recipe {recipe.name}: train.keep_best.score "bleurt" needs evaluation.bleurt; set both')
-    if best.score not in names:
-        raise InputError(f"recipe {recipe.name}: train.keep_best.score {best.score!r}; {nearest(best.score, names)}")
-
-
-def _weights_dtype(deepspeed_json: dict[str, Any]) -> torch.dtype:
-    """What the weights are in while they train."""
-    return torch.bfloat16 if deepspeed_json.get("bf16", {}).get("enabled") else torch.float32
-
-
-def plan_stages(chain: Sequence[tuple[config.Recipe, Path]]) -> list[Stage]:
-    """Of a ``recipe_chain``, in its order."""
-    stages: list[Stage] = []
-    for recipe, path in chain:
-        if recipe.start is not None and recipe.start.run is not None:
-            starts_from: Path | None = Path(recipe.start.run) / "export"
-        else:  # where it starts from a recipe, that one's stage is the one before
-            starts_from = stages[-1].folder.export if stages else None
-        stages.append(Stage(recipe, RunFolder(path), starts_from))
-    return stages
+    parallel.on_rank_zero(lambda: summarise(stages, scores))
 
 
 def train_stage(
@@ -184,7 +88,7 @@ def train_stage(
     if status["state"] == "finished":
         if parallel.rank() == 0:
             print(f"{recipe.name}: already finished, see {folder.path}", flush=True)
-        return _read_scores(folder)
+        return read_scores(folder)
 
     # All that can be refused is, before the folder is touched.
     known = parallel.on_rank_zero(folder.bad_clips)
@@ -205,7 +109,7 @@ def train_stage(
     method = export.build(recipe, tokenizer, lexicon)
     if stage.starts_from is not None and recipe.start is not None:
         export.transfer(method, stage.starts_from, recipe.start.parts, recipe.start.fresh)
-    attention = set_attention(recipe, method, device, _weights_dtype(deepspeed_json))
+    attention = set_attention(recipe, method, device, weights_dtype(deepspeed_json))
     engine = build_engine(
         method.to(device), recipe.optim, deepspeed_json, micro_batches=recipe.data.micro_frames is not None
     )
@@ -229,10 +133,10 @@ def train_stage(
     telemetry = Telemetry(recipe.name, folder if parallel.rank() == 0 else None, first_step, total_steps)
     for complaint in complaints:
         telemetry.say(f"warning: {complaint}; going on from an earlier one")
-    _introduce(stage, telemetry, method, plan, first_step, deepspeed_json)
+    introduce(stage, telemetry, method, plan, first_step, deepspeed_json)
     for line in attention:
         telemetry.say(f"{recipe.name}: {line}")
-    _count_truncated(telemetry, tokenizer, splits["train"])
+    count_truncated(telemetry, tokenizer, splits["train"])
     if damaged:
         telemetry.say(f"warning: {len(damaged)} damaged clips are left out, see {folder.path / 'bad_clips.jsonl'}")
 
@@ -245,7 +149,7 @@ def train_stage(
         parallel.on_rank_zero(lambda: keeping.note_scores(folder.checkpoints, committed.step, scores, best))
         telemetry.scalars(committed.step, "dev", scores)
         telemetry.samples(committed.step, text_samples(out, recipe.evaluation.samples))
-        telemetry.say(f"{recipe.name} dev after epoch {epoch}: {_brief(scores)}")
+        telemetry.say(f"{recipe.name} dev after epoch {epoch}: {brief(scores)}")
 
     batches = stream(
         splits["train"],
@@ -320,7 +224,7 @@ def _export_and_score(
     out = stage.folder.path / "evaluation" / "test"
     scores = _score(stage, tokenizer, lexicon, final, test, out, device)
     telemetry.scalars(step, "test", scores)
-    telemetry.say(f"{stage.recipe.name} test: {_brief(scores)}")
+    telemetry.say(f"{stage.recipe.name} test: {brief(scores)}")
     return scores
 
 
@@ -398,66 +302,3 @@ def lexicon_of(stage: Stage, train: Selection) -> Lexicon | None:
         return corpus_vectors(glosses, sentences, method.head_width)
 
     return build_lexicon(train.texts(), tagger("words").analyse, vectors, origin={"tagger": "words"})
-
-
-def _count_truncated(telemetry: Telemetry, tokenizer: TextTokenizer, train: Selection) -> None:
-    if parallel.rank() == 0:
-        truncated = tokenizer.count_truncated(train.texts())
-        if truncated:
-            telemetry.say(
-                f"warning: {truncated} of {len(train)} training sentences are longer than text.max_tokens "
-                f"{tokenizer.max_tokens} and lose their end"
-            )
-
-
-def _introduce(
-    stage: Stage,
-    telemetry: Telemetry,
-    method: torch.nn.Module,
-    plan: Plan,
-    first_step: int,
-    deepspeed_json: dict[str, Any],
-) -> None:
-    recipe, ranks = stage.recipe, parallel.world_size()
-    stage_number = deepspeed_json.get("zero_optimization", {}).get("stage", 0)
-    waste = plan.padding_and_imbalance(0, ranks)
-    shapes = [getattr(p, "ds_numel", p.numel()) for p in method.parameters()]
-    telemetry.say(
-        f"{recipe.name}: {recipe.method.name}, {sum(shapes) / 1e6:.2f} M parameters, "
-        f"{len(plan.lengths)} clips, {recipe.train.epochs} epochs, {plan.steps(recipe.train.epochs)} steps of about "
-        f"{plan.clips_per_epoch / plan.steps(1):.0f} clips; {ranks} ranks, ZeRO {stage_number}"
-    )
-    telemetry.say(
-        f"{recipe.name}: padding {100 * waste.padding:.1f} % if padded, "
-        f"frames of the busiest rank {100 * waste.imbalance:.1f} % above the mean"
-    )
-    if stage.starts_from is not None and recipe.start is not None:
-        telemetry.say(f"{recipe.name}: {', '.join(recipe.start.parts)} from {stage.starts_from}")
-    if first_step:
-        telemetry.say(f"{recipe.name}: going on from the checkpoint of step {first_step}")
-
-
-def _brief(scores: Scores) -> str:
-    return ", ".join(f"{name} {scores[name]:.2f}" for name in HEADLINES if name in scores) or "no scores"
-
-
-def _read_scores(folder: RunFolder) -> Scores:
-    return json.loads((folder.path / "evaluation" / "test" / "metrics.json").read_text())
-
-
-def _summarise(stages: list[Stage], scores: list[dict[str, Any]]) -> None:
-    """summary.json of the last run - the scores of all stages side by side - and the table on the terminal."""
-    folder = stages[-1].folder.path
-    seconds = {stage.recipe.name: stage.folder.status()["seconds"] for stage in stages}
-    summary: dict[str, Any] = {}
-    for values in scores:
-        summary |= {name: value for name, value in values.items() if isinstance(value, int | float)}
-    summary |= {"seconds": sum(seconds.values()), "stages": seconds}
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    columns = [name for name in HEADLINES if name != "bleurt" or any(name in values for values in scores)]
-    rows = [["stage (test split)", *columns, "minutes"]]
-    for stage, values in zip(stages, scores, strict=True):
-        cells = [f"{values[name]:.2f}" if name in values else "-" for name in columns]
-        rows.append([stage.recipe.name, *cells, f"{seconds[stage.recipe.name] / 60:.1f}"])
-    print(table(rows))
-    print(f"run folder: {folder}", flush=True)

@@ -56,15 +56,15 @@ def _start(options: argparse.Namespace, overrides: list[str], held: HeldSignals)
     # Pages of 2 MiB for tensors on a CPU: a fifth off the ResNet's time (docs/performance.md); torch reads it once.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here: the data workers import this file as their main module and need none of it.
-    from sltscale import rehearsal, stages
+    from sltscale import preflight, rehearsal, stages
     from sltscale.engine.checkpoint import NotSavedError
     from sltscale.engine.finite import NonFiniteError
     from sltscale.engine.run_folder import FencedError
 
-    planned = stages.plan_stages(chain)
-    stages.check_stages(planned)
+    planned = preflight.plan_stages(chain)
+    preflight.check_stages(planned)
     if not options.dry_run:
-        stages.check_kernels(planned, deepspeed_json)
+        preflight.check_kernels(planned, deepspeed_json)
     held.heed()
     try:
         if options.dry_run:

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT, Launcher
 
+from sltscale.errors import InputError
+from sltscale.preflight import check_kernels, plan_stages
+from sltscale.recipe_files import recipe_chain
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ZERO2 = ROOT / "ds_configs/zero2.json"
 
@@ -57,18 +61,24 @@ def test_deepspeed_json_that_sets_what_the_recipe_owns(command: Command, corpus,
 
 def test_an_attention_backend_that_is_not_installed_or_not_for_this_device(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ("--recipe", "hfa_pretrain_tiny", "--data.shards", tmp_path / "none", "--run", run)
+    options = ("--data.shards", str(tmp_path / "none"))
+
+    def check(name: str) -> None:
+        chosen = [*options, "--method.visual.temporal.attention", name]
+        check_kernels(plan_stages(recipe_chain("hfa_pretrain_tiny", chosen, run)), {})
+
     for name, expected in (
-        ("flash_attn", "is not installed: pip install 'sltscale[cuda]', or take one of "),
+        ("flash_attn", r"is not installed: pip install 'sltscale\[cuda\]', or take one of "),
         ("torch_varlen", "needs a CUDA device, found cpu"),
         ("flash", "is unknown; expected one of flash_attn, "),
     ):
         if name == "flash_attn" and importlib.util.find_spec(name):
             continue
-        line = refusal(train(command, *options, "--method.visual.temporal.attention", name))
-        assert "method.visual.temporal.attention: attention backend" in line
-        assert expected in line
-    line = refusal(train(command, *options, "--train.attention", "torch_varlen"))
+        with pytest.raises(InputError, match=f"method.visual.temporal.attention: attention backend .*{expected}"):
+            check(name)
+    check("sdpa")
+    recipe = ("--recipe", "hfa_pretrain_tiny", "--run", run)
+    line = refusal(train(command, *recipe, *options, "--train.attention", "torch_varlen"))
     assert "train.attention: attention backend torch_varlen needs a CUDA device, found cpu" in line
     assert not run.exists()
     assert not (tmp_path / "none").exists()

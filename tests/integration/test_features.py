@@ -40,8 +40,8 @@ from sltscale.evaluation.splits import evaluate_split
 from sltscale.extraction import encoder_of_features
 from sltscale.methods import export
 from sltscale.methods.encoder import build_encoder, encoder_digest, read_encoder
+from sltscale.preflight import check_stages, plan_stages
 from sltscale.recipe_files import load_recipe, recipe_chain
-from sltscale.stages import check_stages, plan_stages
 
 TRAIN = ROOT / "sltscale/train.py"
 WORKER = ROOT / "tests/features_worker.py"

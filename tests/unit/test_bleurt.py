@@ -27,8 +27,8 @@ from sltscale.data.video.encoding import SourceFrame, encode
 from sltscale.errors import InputError
 from sltscale.evaluation.bleurt import BATCH, Bleurt, load_bleurt
 from sltscale.methods import export
+from sltscale.preflight import check_bleurt, check_stages, plan_stages
 from sltscale.recipe_files import load_recipe, recipe_chain
-from sltscale.stages import check_bleurt, check_stages, plan_stages
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "home", "rain", "tonight", "a", "big"]
