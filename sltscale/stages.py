@@ -26,7 +26,7 @@ from sltscale.engine import checkpoint, keeping, loop, manifest
 from sltscale.engine.compile_lock import heal_stale_compile_locks
 from sltscale.engine.deepspeed_engine import build_engine, start_processes
 from sltscale.engine.finished import whole_weights
-from sltscale.engine.rendezvous import LIMIT_SECONDS
+from sltscale.engine.rendezvous import LIMIT_SECONDS, WITHIN
 from sltscale.engine.run_folder import RunFolder
 from sltscale.engine.signals import StoppedError, StopRequest
 from sltscale.engine.telemetry import Telemetry
@@ -57,10 +57,10 @@ def _run_stages(stages: list[Stage], deepspeed_json: dict[str, Any], watchdog: W
         print(line, file=sys.stderr, flush=True)
     for stage in stages:
         ensure_synthetic_shards(stage.recipe.data)
-    watchdog.watch("the meeting of the ranks")
+    # Longer than it may take: the watchdog does not know who is missing.
+    watchdog.watch("the meeting of the ranks", times=WITHIN)
     longest = max(stage.recipe.train.watchdog_seconds for stage in stages)
-    # Well before the watchdog, which does not know who is missing.
-    device = start_processes(min(LIMIT_SECONDS, watchdog.seconds / 3), longest)
+    device = start_processes(min(LIMIT_SECONDS, watchdog.seconds), longest)
     watchdog.watch("the start-up")
     check_bleurt(stages)
     scores: list[Scores] = []
@@ -145,6 +145,7 @@ def train_stage(
         epoch = plan.epoch_of(committed.step)
         out = folder.path / "evaluation" / f"dev-epoch-{epoch:04d}"
         scores = _score(stage, tokenizer, lexicon, committed, splits["dev"], out, device)
+        folder.check_owner()  # that took minutes
         best = recipe.train.keep_best
         parallel.on_rank_zero(lambda: keeping.note_scores(folder.checkpoints, committed.step, scores, best))
         telemetry.scalars(committed.step, "dev", scores)

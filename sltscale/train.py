@@ -19,6 +19,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 
@@ -31,11 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     held = HeldSignals()
     try:
-        try:
-            return _start(options, overrides, held)
-        except InputError as error:
-            _report(str(error), held)
-            return 2
+        return _start(options, overrides, held)
+    except InputError as error:
+        return _report(str(error), held, 2)
     except KeyboardInterrupt:  # outside of the training steps, where a signal is a request
         return EXIT_STOPPED
 
@@ -76,24 +75,23 @@ def _start(options: argparse.Namespace, overrides: list[str], held: HeldSignals)
             print(stopped, flush=True)
         return EXIT_STOPPED
     except (NonFiniteError, NotSavedError, FencedError) as error:
-        _report(str(error), held)
-        return 1
+        return _report(str(error), held, 1)
     return 0
 
 
-def _report(error: str, held: HeldSignals) -> None:
+def _report(error: str, held: HeldSignals, code: int) -> int:
     """One line, from rank 0. Mostly all ranks find the same fault, and the launcher ends the others when rank 0 is
-    gone; another rank that is still there after a while was alone with it, and speaks. On a slow machine, where this
-    one took long to find it, rank 0 may be long behind."""
+    gone; another rank that is still there after a while was alone with it, and speaks. Before the ranks have met, rank
+    0 may be behind by part of the time that this one took, which on a slow machine is long."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        try:
+    with suppress(KeyboardInterrupt):  # ended by the launcher: rank 0 has spoken
+        if rank != "0":
+            apart = 0.0 if held.heeded else (time.time() - psutil.Process().create_time()) / 2
             held.heed()
-            time.sleep(max(5.0, (time.time() - psutil.Process().create_time()) / 2))
-        except KeyboardInterrupt:  # ended by the launcher: rank 0 has spoken
-            return
-        error = f"rank {rank}: {error}"
-    print(f"error: {error}", file=sys.stderr, flush=True)
+            time.sleep(max(5.0, apart))
+            error = f"rank {rank}: {error}"
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -25,7 +25,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "MASTER_", "DS_"))
+        if (not name.startswith(("SLURM_", "MASTER_", "DS_")) or name == "DS_ACCELERATOR")
         and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
     }
     return kept | {

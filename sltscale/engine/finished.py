@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from sltscale.methods.encoder import read_encoder
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU if there is one and DS_ACCELERATOR does not say cpu, as it may to DeepSpeed."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _opened(path: Path) -> tuple[RunFolder, Recipe]:

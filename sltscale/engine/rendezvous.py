@@ -13,7 +13,9 @@ from sltscale.errors import InputError
 from sltscale.launching import Place
 
 LIMIT_SECONDS = 600.0  # for all ranks to come: containers are pulled and libraries read on every node before
-LOOK_SECONDS = 0.2
+LOOK_SECONDS, ATTEMPT_SECONDS = 0.2, 3.0
+# The listener, a store that has gone again meanwhile (see below), the word of rank 0; and something for the rest.
+WITHIN = 4
 COMPLETE = "sltscale/complete"
 
 
@@ -21,7 +23,7 @@ def meet(place: Place, seconds: float) -> dist.Store | None:
     """Wait until every rank has come to rank 0; the store, to be kept until the process group is formed.
 
     InputError, with the ranks and nodes nothing was heard from, if rank 0 has waited longer than ``seconds``, or with
-    this rank's node if it has not reached rank 0 by then; within 2.5 times ``seconds`` on every rank.
+    this rank's node if it has not reached rank 0 by then; on every rank within ``WITHIN`` times ``seconds``.
     """
     if place.world_size == 1:
         return None
@@ -38,10 +40,11 @@ def meet(place: Place, seconds: float) -> dist.Store | None:
             place.port,
             place.world_size,
             is_master=listens,
-            timeout=limit,
+            timeout=limit / 2,
             wait_for_workers=False,
             multi_tenant=True,  # the process group will listen there too
         )
+        store.set_timeout(limit)
         store.set(_key(place.rank), node)
         if place.rank == 0:
             store.set(COMPLETE, _absent(store, place, seconds))
@@ -61,9 +64,8 @@ def _wait_for_listener(place: Place, seconds: float) -> None:
     """
     deadline = time.monotonic() + seconds
     while True:
-        left = max(LOOK_SECONDS, deadline - time.monotonic())
-        try:
-            socket.create_connection((place.address, place.port), left).close()
+        try:  # the name may have several addresses that do not answer, and the limit is for each
+            socket.create_connection((place.address, place.port), ATTEMPT_SECONDS).close()
             return
         except OSError:
             if time.monotonic() + LOOK_SECONDS > deadline:

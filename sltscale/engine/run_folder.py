@@ -38,7 +38,7 @@ from sltscale.files import write_atomically
 from sltscale.recipe_files import differences, recipe_from_json
 
 OWNER_SECONDS = 10.0  # how often an idle rank asks whether the run folder is still its attempt's
-# Another start may have the lock for the instant of a look, or have taken it and not yet written its name.
+# Another start may have the lock for the instant of a look; one that has taken it writes its name within another.
 INSTANT_SECONDS = 0.3
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -211,8 +211,10 @@ class RunFolder:
                     f"run folder {self.path} is on a file system that cannot lock ({error.strerror}), so that two jobs "
                     "could write to it; mount it with locks (Lustre: -o flock), or choose another with --run"
                 ) from None
-        lock.seek(0)
-        holder = lock.read().strip()
+        holder = _name_in(lock)
+        if not holder:
+            time.sleep(INSTANT_SECONDS)
+            holder = _name_in(lock)
         theirs, ours = re.search(r", job (\d+) start (\d+) ", holder), _slurm_start()
         if theirs is not None and ours is not None and int(theirs[1]) == ours[0] and int(theirs[2]) < ours[1]:
             return False
@@ -260,6 +262,11 @@ class RunFolder:
         self.check_owner()
         content = {"state": state, "step": step, "seconds": round(seconds, 3)}
         write_atomically(self.path / "STATUS.json", json.dumps(content) + "\n")
+
+
+def _name_in(lock: IO[Any]) -> str:
+    lock.seek(0)
+    return lock.read().strip()
 
 
 def _step_of(line: str) -> int | None:

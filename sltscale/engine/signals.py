@@ -27,11 +27,12 @@ class HeldSignals:
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received = self.heeded = False
         self._set(self._hold)
 
     def heed(self) -> None:
         """Raises KeyboardInterrupt if there was one already."""
+        self.heeded = True
         self._set(signal.default_int_handler)
         if self._received:
             raise KeyboardInterrupt

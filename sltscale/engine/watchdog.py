@@ -34,7 +34,7 @@ class Watchdog:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.folder: RunFolder | None = None
-        self._now: tuple[str, float] | None = None  # what, and until when; replaced as a whole
+        self._now: tuple[str, float, float] | None = None  # what, its seconds, and until when; replaced as a whole
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._guard, daemon=True)
 
@@ -46,10 +46,11 @@ class Watchdog:
         self.rest()
         self._ended.set()
 
-    def watch(self, what: str) -> None:
-        """From now on ``what`` is being done; it replaces what was before."""
-        self._now = (what, time.monotonic() + self.seconds)
-        faulthandler.dump_traceback_later(self.seconds + LAST_RESORT_SECONDS, exit=True, file=2)
+    def watch(self, what: str, times: int = 1) -> None:
+        """From now on ``what`` is being done, which may take so many times ``seconds``; it replaces what was before."""
+        allowed = times * self.seconds
+        self._now = (what, allowed, time.monotonic() + allowed)
+        faulthandler.dump_traceback_later(allowed + LAST_RESORT_SECONDS, exit=True, file=2)
 
     def rest(self) -> None:
         """Nothing that could be late is being done."""
@@ -60,8 +61,8 @@ class Watchdog:
         owner_looked_at = time.monotonic()
         while not self._ended.wait(min(LOOK_SECONDS, self.seconds / 4)):
             now = self._now
-            if now is not None and time.monotonic() > now[1]:
-                self._give_up(now[0])
+            if now is not None and time.monotonic() > now[2]:
+                self._give_up(now[0], now[1])
             if self.folder is not None and time.monotonic() > owner_looked_at + OWNER_SECONDS:
                 owner_looked_at = time.monotonic()
                 try:
@@ -70,9 +71,9 @@ class Watchdog:
                     print(f"error: rank {parallel.rank()}: {error}", file=sys.stderr, flush=True)
                     os._exit(1)
 
-    def _give_up(self, what: str) -> NoReturn:
+    def _give_up(self, what: str, allowed: float) -> NoReturn:
         rank = int(os.environ.get("RANK", "0"))
-        line = f"error: rank {rank}: {what} has taken longer than {self.seconds:g} s (train.watchdog_seconds)"
+        line = f"error: rank {rank}: {what} has taken longer than {allowed:g} s (train.watchdog_seconds)"
         try:
             if self.folder is None:
                 faulthandler.dump_traceback(file=2, all_threads=True)

@@ -60,11 +60,9 @@ def test_a_mixture_takes_every_corpus_and_goes_on_exactly(corpus, launcher: Laun
 
 
 @pytest.mark.slow
-def test_shards_behind_a_url_train_as_those_of_a_folder(
-    corpus, launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_behind_a_url_train_as_those_of_a_folder(corpus, launcher: Launcher, tmp_path: Path) -> None:
     near = train(launcher, corpus.pretrain, tmp_path / "near", "--train.epochs", "1")
-    launcher.environment["SLTSCALE_CACHE"] = str(tmp_path / "cache")
+    launcher.environment = launcher.environment | {"SLTSCALE_CACHE": str(tmp_path / "cache")}
     with serving(corpus.shards) as server:
         server.faults["train-000000.tar"] = ["503", "503"]
         far = train(launcher, corpus.pretrain, tmp_path / "far", "--train.epochs", "1", "--data.shards", server.url)

@@ -59,7 +59,7 @@ def training(sweep: Sweep, environment: dict[str, str]) -> Iterator[subprocess.P
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -94,7 +94,7 @@ def test_one_trains_and_stops_by_a_signal(command: Command, environment: dict[st
         assert f"run folder {run.run_folder.path} is in use by process " in second.stderr
         assert state_of(run, sweep)[0] == "running"
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 75
+        assert process.wait(600) == 75
     assert state_of(run, sweep) == ("stopped", "tiny_pretrain, by a signal")
     assert len(run.run_folder.attempts()) == 1
 
@@ -102,7 +102,7 @@ def test_one_trains_and_stops_by_a_signal(command: Command, environment: dict[st
         wait_for(psutil.Process(process.pid).children)
         (child,) = psutil.Process(process.pid).children()
         os.kill(child.pid, signal.SIGKILL)
-        assert process.wait(60) == 128 + signal.SIGKILL
+        assert process.wait(600) == 128 + signal.SIGKILL
     state, why = state_of(run, sweep)
     assert state == "failed"
     assert why.startswith("killed by SIGKILL (out of memory?)")

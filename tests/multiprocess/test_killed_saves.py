@@ -143,6 +143,7 @@ def test_a_rank_that_outlives_its_attempt_writes_nothing_and_ends(
 def wait_until_stopped(ranks: Ranks, rank: int) -> None:
     deadline = time.monotonic() + 600
     while not is_stopped(ranks, rank):
+        assert ranks.processes[rank].exitcode is None, ranks.output()
         assert time.monotonic() < deadline, ranks.output()
         time.sleep(0.05)
 
@@ -172,6 +173,7 @@ def test_an_orphan_finds_another_name_in_the_lock(tmp_path: Path) -> None:
     with pytest.raises(FencedError, match="process 2 on a"):
         telemetry.say("after")
     assert orphan.log.read_text() == "before\n"
+    telemetry.close()
 
 
 def test_of_two_starts_one_runs(starter: Starter, unbroken: Path, tmp_path: Path) -> None:
@@ -179,6 +181,7 @@ def test_of_two_starts_one_runs(starter: Starter, unbroken: Path, tmp_path: Path
     starts = [starter.start(run, fault="begin:rank0:step2:stop") for _ in range(2)]
     deadline = time.monotonic() + 600
     while not any(is_stopped(ranks, 0) for ranks in starts):
+        assert any(ranks.processes[0].exitcode is None for ranks in starts), starts[0].output() + starts[1].output()
         assert time.monotonic() < deadline, starts[0].output() + starts[1].output()
         time.sleep(0.05)
     runs, refused = starts if is_stopped(starts[0], 0) else starts[::-1]

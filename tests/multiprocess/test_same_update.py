@@ -72,7 +72,7 @@ def take_steps(launcher: Launcher, out: Path, ranks: tuple[int, ...], *options: 
 
 
 # Without clipping a wrong factor shows (clipped, a gradient has the same norm whatever its factor was); with it, that
-# the norm is taken over all ranks.
+# the norm is taken over all ranks. In the quick tests GFSLT-VLP stands for all without it, C2RL for all with it.
 @pytest.mark.parametrize("ranks", [(1, 2), pytest.param((1, 4), marks=pytest.mark.slow)], ids=["1 2", "1 4"])
 @pytest.mark.parametrize(
     ("method", "clipping"),

@@ -15,6 +15,7 @@ from sltscale.engine.signals import SIGNALS, HeldSignals, StoppedError, StopRequ
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control has it ignored
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
