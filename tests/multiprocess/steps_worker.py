@@ -85,7 +85,10 @@ def recipe_for(
     small_dino = {"width": 16, "layers": 1, "heads": 2, "patch": 8, "image_size": 16, "lora_blocks": 1, "lora": lora}
     local = {"width": 16, "heads": 2, "feed_forward": 32, "layers": [1, 1], "output_width": 16, "layer_scale": 0.5}
     hfa = {
-        "visual": {"frames": small_dino, "temporal": local | {"dropout": dropout, "drop_path": dropout}},
+        "visual": {
+            "frames": small_dino,
+            "temporal": local | {"dropout": dropout, "drop_path": dropout, "norm_input": norm == "batch"},
+        },
         "language_model": methods["translation"]["language_model"],
         "lora": lora,
     }
