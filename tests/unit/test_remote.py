@@ -100,13 +100,8 @@ def test_hostile_urls_are_refused_in_one_line(url: str, tmp_path: Path, monkeypa
 
 
 def test_plain_addresses_are_taken_as_they_are(tmp_path: Path) -> None:
-    for url in (
-        "https://example.org/a/b_c-1.0/",
-        "s3://bucket/a",
-        "s3://bucket",
-        "http://localhost:8080/x",
-        "https://h",
-    ):
+    urls = ("https://example.org/a/b_c-1.0/", "s3://bucket/a", "s3://bucket", "http://localhost:8080/x", "https://h")
+    for url in urls:
         source = shard_source(url)
         assert isinstance(source, RemoteShards) and source.address("x.tar") == f"{url.rstrip('/')}/x.tar"
     for folder in (tmp_path, "../shards", "shards/$HOME", "a|b;c"):
