@@ -40,7 +40,7 @@ def meet(place: Place, seconds: float) -> dist.Store | None:
             place.port,
             place.world_size,
             is_master=listens,
-            timeout=limit / 2,
+            timeout=limit / 2,  # it may try to connect more than once
             wait_for_workers=False,
             multi_tenant=True,  # the process group will listen there too
         )
